@@ -1,0 +1,1 @@
+"""Presets: each module is one Python value, `config`."""

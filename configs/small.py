@@ -1,0 +1,14 @@
+"""small: the prototype of the project's notes. 512 wide, 4 heads, 4 layers, 18,000 codes (120 s) in one context.
+
+Cost: PARAMS
+Memory: MEMORY
+Command: l2m train --config small --data OUT --run RUN
+On a CPU, --model.layout delay halves the positions of a song.
+"""
+
+from l2m_jax.config import Config, ModelConfig, TrainConfig
+
+config = Config(
+    model=ModelConfig(width=512, heads=4, layers=4, frames=9000, memory=768),
+    train=TrainConfig(batch=1, steps=20_000, lr_max=3e-4, lr_min=3e-5, warmup=500),
+)

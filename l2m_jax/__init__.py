@@ -1,0 +1,1 @@
+"""Full lyrics and a genre go in, a whole song comes out."""

@@ -1,0 +1,105 @@
+"""Audio files <-> samples. Right after config in the flow; knows nothing of codecs.
+
+libsndfile reads mp3, flac, ogg and wav without ffmpeg; soxr changes the sampling rate.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+from jaxtyping import Float
+
+from l2m_jax.config import UserError
+
+BLOCK = 1 << 18
+"""Samples of each channel that are read at a time."""
+SLACK = 0.25
+"""Seconds that a file may be shorter than it claims: without an index, an mp3's length is an estimate."""
+
+
+def read_audio(path: str | Path, rate: int) -> Float[np.ndarray, " T"]:
+    """Samples, float32 in about [-1, 1], at `rate` Hz; several channels become their mean.
+
+    UserError where the file cannot be read, is empty, cut short or corrupt, or holds samples that are no numbers.
+    """
+    with _open(path) as file:
+        blocks = []
+        try:
+            while len(block := file.read(BLOCK, dtype="float32", always_2d=True)):
+                blocks.append(block.mean(axis=1))
+        except soundfile.SoundFileError as error:
+            at = sum(map(len, blocks)) / file.samplerate
+            raise UserError(f"{path}: corrupt audio after {at:.1f} s ({error})") from error
+        samples = np.concatenate([np.zeros(0, np.float32), *blocks])
+        claimed = max(file.frames, _claimed_by_wav(file))
+        if claimed - len(samples) > SLACK * file.samplerate:
+            says, has = claimed / file.samplerate, len(samples) / file.samplerate
+            raise UserError(f"{path}: cut short: it says {says:.1f} s and holds {has:.1f} s; fetch or export it again")
+        source_rate = file.samplerate
+    if not np.isfinite(samples).all():
+        at = np.flatnonzero(~np.isfinite(samples))[0] / source_rate
+        raise UserError(f"{path}: a sample at {at:.3f} s is NaN or infinite; export it again")
+    samples = soxr.resample(samples, source_rate, rate)
+    if not len(samples):
+        raise UserError(f"{path}: holds no sound (0 samples)")
+    return samples
+
+
+def audio_seconds(path: str | Path) -> float:
+    """Length in seconds as the file's header has it; UserError where it cannot be opened."""
+    with _open(path) as file:
+        return file.frames / file.samplerate
+
+
+def write_wav(path: str | Path, samples: Float[np.ndarray, " T"], rate: int) -> None:
+    """Writes a 16-bit mono WAV, whole or not at all; samples outside [-1, 1] are clipped.
+
+    UserError where a sample is no number, or the file cannot be written.
+    """
+    samples = np.asarray(samples, np.float32)
+    if not np.isfinite(samples).all():
+        raise UserError(f"{path}: not written: {np.sum(~np.isfinite(samples))} samples are NaN or infinite")
+    wav = io.BytesIO()
+    soundfile.write(wav, np.clip(samples, -1, 1), rate, "PCM_16", format="WAV")
+    write_atomic(path, wav.getvalue())
+
+
+def write_atomic(path: str | Path, content: bytes) -> None:
+    """Writes a file whole or not at all: beside its place first, then moved there. UserError where that fails."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _open(path: str | Path) -> soundfile.SoundFile:
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such audio file")
+    if not os.path.getsize(path):
+        raise UserError(f"{path}: the audio file is empty (0 bytes)")
+    try:
+        return soundfile.SoundFile(path)
+    except soundfile.SoundFileError as error:
+        reason = str(error).split(": ", 1)[-1]
+        raise UserError(f"{path}: cannot be read as mp3, flac, ogg or wav ({reason})") from error
+
+
+def _claimed_by_wav(file: soundfile.SoundFile) -> int:
+    """Samples that a WAV's header claims: libsndfile shortens them to what is there, and says so only in its log."""
+    said = re.search(r"^data\s*: (\d+) \(should be \d+\)", file.extra_info, re.MULTILINE)
+    streamed = 0x7FFF0000  # written to a pipe, whose length nobody knew
+    if file.format != "WAV" or not said or int(said[1]) >= streamed:
+        return 0
+    bytes_per_sample = {"PCM_U8": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8}
+    return int(said[1]) // (bytes_per_sample.get(file.subtype, 8) * file.channels)

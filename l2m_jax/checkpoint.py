@@ -1,0 +1,106 @@
+"""A run on disk: its config and its checkpoints. After `optim`, before `log`.
+
+A run folder holds config.json, metrics.jsonl, TensorBoard events and checkpoints/STEP/{model,optimizer}: apart, so that
+sampling loads the model alone. The data position is the step; no iterator state is stored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint
+from flax import nnx
+from orbax.checkpoint import v1 as ocp
+
+from l2m_jax.config import Config, UserError, from_json, to_json
+from l2m_jax.data import MadeWith
+from l2m_jax.model import SoundTransformer
+
+
+class RunInfo(NamedTuple):
+    """What config.json says: the config, and of the dataset what it was prepared with and its genres."""
+
+    config: Config
+    made_with: MadeWith
+    genres: list[str]
+
+
+def write_run(run: Path, info: RunInfo) -> None:
+    """Makes the run folder and its config.json."""
+    content = {"l2m_jax": "run", "config": to_json(info.config), "made_with": info.made_with._asdict()}
+    content["genres"] = info.genres
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        temporary = run / ".config.json"
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, run / "config.json")
+    except OSError as error:
+        raise UserError(f"{run} cannot be written: {error.strerror}") from None
+
+
+def read_run(run: Path) -> RunInfo:
+    """What the run folder's config.json says; UserError where it is not a run."""
+    path = run / "config.json"
+    if not path.is_file():
+        raise UserError(f"{run} is not a run folder (it has no config.json); make one with: l2m train --run {run}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        made_with = MadeWith(**content["made_with"])
+        values, genres = content["config"], list(content["genres"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not the config of a run ({error})") from None
+    return RunInfo(from_json(Config, values, str(path)), made_with, genres)
+
+
+def open_checkpoints(run: Path, keep: int) -> ocp.training.Checkpointer:
+    """The run's checkpoints; the newest `keep` are kept. Close it when done: saving is asynchronous."""
+    return ocp.training.Checkpointer(
+        (run / "checkpoints").resolve(),
+        save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # the trainer decides
+        preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+        cleanup_tmp_directories=True,
+    )
+
+
+def restore(checkpoints: ocp.training.Checkpointer, step: int, shapes: dict[str, Any], shardings: dict[str, Any]) -> Any:
+    """The named parts (`model`, `optimizer`) of a checkpoint, placed on devices as `shardings` say."""
+    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    try:
+        return checkpoints.load_checkpointables(step, like)
+    except (ValueError, OSError, KeyError, orbax.checkpoint.v1.errors.InvalidLayoutError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{checkpoints.directory}/{step} cannot be loaded ({reason}); delete it to use the one before")
+
+
+def load_model(run: Path, step: int | None = None) -> tuple[SoundTransformer, RunInfo, int]:
+    """The model of a run at `step` (the newest by default) on the first device, for sampling."""
+    info = read_run(run)
+    folder = run / "checkpoints"
+    steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+    if not steps:
+        raise UserError(f"{run} has no checkpoint yet; train it first: l2m train --run {run}")
+    if step is not None and step not in steps:
+        raise UserError(f"{run} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
+    chosen = steps[-1] if step is None else step
+    shapes = jax.eval_shape(lambda: SoundTransformer(info.config.model, rngs=nnx.Rngs(0)))
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with open_checkpoints(run, info.config.train.keep) as checkpoints:
+        model = restore(checkpoints, chosen, {"model": shapes}, {"model": jax.tree.map(lambda _: device, shapes)})
+    return model["model"], info, chosen
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Fields in which two configs differ, as `train.batch 8 -> 4`."""
+    found = []
+    for part in dataclasses.fields(Config):
+        a, b = getattr(old, part.name), getattr(new, part.name)
+        for field in dataclasses.fields(a):
+            x, y = getattr(a, field.name), getattr(b, field.name)
+            if x != y:
+                found.append(f"{part.name}.{field.name} {x} -> {y}")
+    return found

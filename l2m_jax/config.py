@@ -1,0 +1,220 @@
+"""Typed configuration: what a run is, as frozen dataclasses. First in the flow; imports nothing of the package.
+
+Letters, the same everywhere: B batch, T positions, F frames, K codebooks, V entries per codebook, S memory length,
+E text width, D model width, N heads, H head width, L layers, C cache length, J id streams per position, W id space.
+
+This module imports no JAX, so that the command line answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from typing import Any, Literal
+
+
+C = typing.TypeVar("C")
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: the command line prints its one line, without a traceback."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The shape of the SoundTransformer."""
+
+    layout: Literal["flatten", "delay"] = "flatten"
+    """flatten: one code a position, K positions a frame. delay: one frame a position, codebook k shifted by k."""
+    codebooks: int = 2
+    """K, codebooks a frame: 2 is 1.5 kbit/s at 75 frames/s."""
+    entries: int = 1024
+    """V, entries of each codebook."""
+    frames: int = 9000
+    """F, frames in the window: 9,000 is 120 s at 75 frames/s, 18,000 codes with two codebooks."""
+    memory: int = 512
+    """S, cap on genre plus lyric pieces of one song."""
+    text_width: int = 384
+    """E, width of the text encoder's states."""
+    width: int = 512
+    """D, model width."""
+    heads: int = 4
+    """N, attention heads; each is D / N wide."""
+    layers: int = 4
+    """L, layers."""
+    norm: Literal["post", "deepnorm"] = "post"
+    """post: a = 1, the notes' equations. deepnorm: a = (3 L)^(1/4), for depth (Wang et al., 2022)."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute type; parameters stay float32. auto: float32 on CPU, bfloat16 on accelerators."""
+
+    def __post_init__(self) -> None:
+        for name in ("codebooks", "entries", "frames", "memory", "text_width", "width", "heads", "layers"):
+            _at_least(f"model.{name}", getattr(self, name), 1)
+        if self.width % self.heads:
+            raise UserError(f"model.width {self.width} must be a multiple of model.heads {self.heads}")
+        if self.codebooks > 32:
+            raise UserError(f"model.codebooks is {self.codebooks}; EnCodec has at most 32")
+
+    @property
+    def head_width(self) -> int:
+        """H."""
+        return self.width // self.heads
+
+    @property
+    def residual_scale(self) -> float:
+        """a of x = LN(a x + f(x)); three sublayers a layer."""
+        return (3 * self.layers) ** 0.25 if self.norm == "deepnorm" else 1.0
+
+    @property
+    def initial_gain(self) -> float:
+        """Gain on the initial value, output and MLP weights."""
+        return (12 * self.layers) ** -0.25 if self.norm == "deepnorm" else 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; their product is the number of devices. -1 takes all that are left."""
+
+    data: int = -1
+    """Copies of the model, each with its own songs."""
+    fsdp: int = 1
+    """Parameters and optimizer state split, gathered layer by layer; also splits the songs."""
+    tensor: int = 1
+    """Heads and MLP columns split."""
+    context: int = 1
+    """Positions of one song split; keys and values are gathered."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How the model is trained."""
+
+    seed: int = 0
+    """Initial weights, order of songs, condition dropout."""
+    batch: int = 8
+    """Songs a step, over all devices."""
+    accumulate: int = 1
+    """Micro-batches a step: their gradients are averaged. Divides batch."""
+    steps: int = 10_000
+    """Optimizer steps."""
+    lr_max: float = 3e-4
+    """Peak of the learning rate, reached after warm-up."""
+    lr_min: float = 3e-5
+    """Learning rate of the last step; cosine in between."""
+    warmup: int = 200
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.01
+    """AdamW's, on matrices only."""
+    beta1: float = 0.9
+    """AdamW's decay of the first moment."""
+    beta2: float = 0.95
+    """AdamW's decay of the second moment."""
+    clip: float = 1.0
+    """Largest global norm of the gradient."""
+    dropout: tuple[float, float, float] = (0.07, 0.06, 0.07)
+    """Condition dropout, one draw a song: share of songs without lyrics, without genre, without both."""
+    remat: bool = True
+    """Recompute each layer in the backward pass: less memory, about a third more work."""
+    chunk: int = 1024
+    """Positions whose logits are in memory at a time."""
+    log_every: int = 10
+    """Steps between lines of the terminal and of TensorBoard; metrics.jsonl has every step."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints."""
+    keep: int = 3
+    """Newest checkpoints that are kept."""
+    valid_every: int = 200
+    """Steps between losses on --valid songs."""
+    sample_every: int = 0
+    """Steps between sample songs (the first song's prompt) in TensorBoard and RUN/samples; 0 for none."""
+    sample_seconds: float = 10.0
+    """Length of a sample song."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "accumulate", "steps", "log_every", "checkpoint_every", "keep", "chunk", "valid_every"):
+            _at_least(f"train.{name}", getattr(self, name), 1)
+        for name in ("warmup", "sample_every", "weight_decay", "lr_min"):
+            _at_least(f"train.{name}", getattr(self, name), 0)
+        if self.batch % self.accumulate:
+            raise UserError(f"train.accumulate {self.accumulate} must divide train.batch {self.batch}")
+        if not 0 < self.lr_max < math.inf or self.lr_min > self.lr_max:
+            raise UserError(f"train.lr_max {self.lr_max} must be above 0 and not below train.lr_min {self.lr_min}")
+        if min(self.dropout) < 0 or sum(self.dropout) > 1:
+            raise UserError(f"train.dropout {self.dropout} must be shares that sum to at most 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A run: the model, its training and its mesh."""
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """How the next code is drawn."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the likeliest code."""
+    top_k: int = 250
+    """Draw among the k likeliest codes; 0 among all."""
+    top_p: float = 1.0
+    """Draw among the likeliest codes that together hold this probability."""
+    guidance_lyrics: float = 1.0
+    """g_lyrics; 1 is the model's own distribution, more follows the words harder."""
+    guidance_genre: float = 1.0
+    """g_genre; 1 is the model's own distribution."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature is {self.temperature}; allowed: 0 (greedy) and above")
+        if self.top_k < 0:
+            raise UserError(f"top-k is {self.top_k}; allowed: 0 (all codes) and above")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top-p is {self.top_p}; allowed: above 0, up to 1")
+        for name in ("guidance_lyrics", "guidance_genre"):
+            if not math.isfinite(getattr(self, name)):
+                raise UserError(f"{name.replace('_', '-')} is {getattr(self, name)}; a finite number is needed")
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A config as JSON values; tuples become lists."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_json(kind: type[C], values: dict[str, Any], where: str) -> C:
+    """The config that `to_json` wrote. A key or a type that does not belong raises UserError naming it and `where`."""
+    hints = typing.get_type_hints(kind)
+    given: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise UserError(f"{where}: unknown key {key!r}; known: {', '.join(hints)}")
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            value = from_json(hint, value, f"{where}: {key}")
+        elif typing.get_origin(hint) is tuple:
+            value = tuple(value)
+        elif not _fits(value, hint):
+            raise UserError(f"{where}: {key} is {value!r}; needed: {getattr(hint, '__name__', hint)}")
+        given[key] = value
+    return kind(**given)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if typing.get_origin(hint) is Literal:
+        return value in typing.get_args(hint)
+    if isinstance(hint, types.UnionType):
+        return any(_fits(value, h) for h in typing.get_args(hint))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is hint or (hint is types.NoneType and value is None)
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if not value >= least:
+        raise UserError(f"{name} is {value}; allowed: {least} and above")

@@ -1,0 +1,283 @@
+"""Prepared songs: the record, the dataset of all records, and the batch of a step. After `tokens`, before `attention`.
+
+A prepared folder holds
+
+    records/SONG.npz     one atomic record a song, so that an interrupted preparation goes on where it was
+    dataset/             the same records packed into a TFDS dataset in ArrayRecord, for random access in training
+    songs.jsonl          one line a song, in the order of the dataset
+    report.json          what was left out and why
+
+Reading needs neither torch nor TensorFlow. The batch of step n is a pure function of (seed, n, row).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+import tensorflow_datasets as tfds
+from jaxtyping import Float, Int
+
+from l2m_jax.config import ModelConfig, UserError
+from l2m_jax.lyrics import check_memory, normalise_genre
+from l2m_jax.tokens import Layout, make_layout
+
+VERSION = "1.0.0"  # of the record; a dataset of another version is refused
+
+
+class Record(NamedTuple):
+    """One song, prepared: everything that training, sampling and evaluation need of it."""
+
+    song: str
+    lyrics: str
+    genre: str
+    source: str  # hash of the song's files: a changed song is prepared again
+    seconds: Float[np.ndarray, ""]
+    codes: Int[np.ndarray, "F K"]  # of the whole song
+    lyric_states: Float[np.ndarray, "P E"]
+    genre_states: Float[np.ndarray, "G E"]
+    section: Int[np.ndarray, " P"]  # of each lyric piece, index into lyrics.SECTIONS
+    word: Int[np.ndarray, " P"]  # of each lyric piece; -1 for the row of a section without words
+    word_times: Float[np.ndarray, "words 3"]  # start, end, end of line in s; no rows where the times are not known
+
+
+class MadeWith(NamedTuple):
+    """What records were made with; codes and states of other origins do not mix."""
+
+    version: str
+    codec: str  # as `weights.load_codec` takes it
+    codec_fingerprint: str
+    text_encoder: str  # as `weights.load_text_encoder` takes it
+    text_layer: int
+    text_fingerprint: str
+    codebooks: int
+    entries: int
+    text_width: int
+
+    def differences(self, other: MadeWith) -> list[str]:
+        """What keeps records of the two apart; the same weights under another name or path do not."""
+        return [
+            f"{what}: {mine} and {theirs}"
+            for what, mine, theirs in (
+                ("version", self.version, other.version),
+                ("codec", self.codec_fingerprint, other.codec_fingerprint),
+                ("codebooks", self.codebooks, other.codebooks),
+                ("text encoder", self.text_fingerprint, other.text_fingerprint),
+            )
+            if mine != theirs
+        ]
+
+
+DTYPES = {
+    "seconds": np.float32,
+    "codes": np.int16,
+    "lyric_states": np.float16,
+    "genre_states": np.float16,
+    "section": np.int8,
+    "word": np.int32,
+    "word_times": np.float32,
+}
+
+
+def write_record(path: Path, record: Record, made_with: MadeWith) -> None:
+    """Writes the record under a temporary name and renames it, so that a record is whole or not there."""
+    arrays = {k: np.asarray(v, DTYPES[k]) if k in DTYPES else np.asarray(v) for k, v in record._asdict().items()}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, made_with=np.asarray(json.dumps(made_with)), **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_record(path: Path) -> tuple[Record, MadeWith]:
+    """The record and what it was made with. UserError where the file is not a whole record."""
+    try:
+        with np.load(path) as file:
+            record = Record(**{k: file[k] if k in DTYPES else str(file[k]) for k in Record._fields})
+            return record, MadeWith(*json.loads(str(file["made_with"])))
+    except (OSError, KeyError, ValueError, TypeError, EOFError, io.UnsupportedOperation) as error:
+        raise UserError(f"{path} is not a whole record ({error}); delete it and prepare again") from None
+
+
+class _Builder(tfds.core.GeneratorBasedBuilder):
+    """Packs the records, in the given order, into ArrayRecord."""
+
+    name = "songs"
+    VERSION = tfds.core.Version(VERSION)
+
+    def __init__(self, paths: Sequence[Path], metadata: dict[str, Any], **kwargs: Any):
+        self._paths, self._metadata = paths, metadata
+        super().__init__(**kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        made_with = self._metadata["made_with"]
+        widths = {
+            "codes": (None, made_with["codebooks"]),
+            "lyric_states": (None, made_with["text_width"]),
+            "genre_states": (None, made_with["text_width"]),
+            "section": (None,),
+            "word": (None,),
+            "word_times": (None, 3),
+            "seconds": (),
+        }
+        features: dict[str, Any] = {k: tfds.features.Text() for k in Record._fields if k not in DTYPES}
+        for k, dtype in DTYPES.items():
+            features[k] = tfds.features.Tensor(shape=widths[k], dtype=dtype, encoding="bytes" if widths[k] else "none")
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Songs as EnCodec codes with the text states of their lyrics and genre.",
+            features=tfds.features.FeaturesDict(features),
+            metadata=tfds.core.MetadataDict(self._metadata),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        for i, path in enumerate(self._paths):
+            yield i, read_record(path)[0]._asdict()
+
+
+def pack(folder: Path, paths: Sequence[Path], made_with: MadeWith) -> None:
+    """Packs the records into `folder`/dataset; the old one stands until the new one is whole."""
+    lines, genres, longest = [], set(), {"pieces": 0, "genre_pieces": 0, "song": ""}
+    for path in paths:
+        r = read_record(path)[0]
+        pieces, genre_pieces = len(r.lyric_states), len(r.genre_states)
+        if pieces + genre_pieces > longest["pieces"] + longest["genre_pieces"]:
+            longest = {"pieces": pieces, "genre_pieces": genre_pieces, "song": r.song}
+        genres.add(normalise_genre(r.genre))
+        line = {"song": r.song, "genre": r.genre, "seconds": round(float(r.seconds), 3), "frames": len(r.codes)}
+        lines.append(json.dumps(line | {"pieces": pieces, "words_timed": len(r.word_times)}, ensure_ascii=False))
+    work, final, old = folder / ".packing", folder / "dataset", folder / ".old"
+    shutil.rmtree(work, ignore_errors=True)
+    metadata = {"made_with": made_with._asdict(), "longest": longest, "genres": sorted(genres - {""})}
+    try:
+        tfds.disable_progress_bar()
+        with contextlib.redirect_stdout(io.StringIO()):  # it announces a download that is none
+            builder = _Builder(paths, metadata, data_dir=str(work), file_format="array_record")
+            builder.download_and_prepare()
+        manifest = work / "songs.jsonl"
+        manifest.write_text("\n".join([*lines, ""]), encoding="utf-8")
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():
+            final.rename(old)
+        Path(builder.data_path).rename(final)
+        manifest.replace(folder / "songs.jsonl")
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+class Dataset:
+    """Random access to the records of a prepared folder."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        if not (self.folder / "dataset" / "dataset_info.json").exists():
+            raise UserError(f"{folder} is not a prepared dataset; make one with: l2m prepare SONGS {folder}")
+        try:
+            builder = tfds.builder_from_directory(str(self.folder / "dataset"))
+            self._source = builder.as_data_source(split="train")
+            metadata: dict[str, Any] = dict(builder.info.metadata or {})
+        except Exception as error:  # whatever TFDS says of a damaged folder
+            raise UserError(f"{folder}: the dataset cannot be read ({error}); run l2m prepare again") from None
+        self.made_with = MadeWith(**metadata["made_with"])
+        self.longest: dict[str, Any] = metadata["longest"]
+        self.genres: list[str] = metadata["genres"]
+        if self.made_with.version != VERSION:
+            raise UserError(
+                f"{folder} was prepared in version {self.made_with.version}, this is {VERSION}: prepare it again"
+            )
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Record:
+        row: dict[str, Any] = self._source[int(index)]
+        return Record(**{k: row[k].decode() if isinstance(row[k], bytes) else row[k] for k in Record._fields})
+
+    def frames(self) -> Int[np.ndarray, " songs"]:
+        """Frames of each song."""
+        lines = (self.folder / "songs.jsonl").read_text(encoding="utf-8").splitlines()
+        return np.array([json.loads(line)["frames"] for line in lines])
+
+    def check(self, model: ModelConfig) -> None:
+        """UserError where the model cannot take these songs."""
+        for name, ours in (("codebooks", model.codebooks), ("entries", model.entries), ("text_width", model.text_width)):
+            theirs = getattr(self.made_with, name)
+            if theirs != ours:
+                raise UserError(f"{self.folder} has {name} {theirs}, model.{name} is {ours}: set --model.{name} {theirs}")
+        longest = self.longest
+        where = f"{self.folder}: {longest['song']}"
+        check_memory(longest["pieces"], longest["genre_pieces"], model.memory, where)
+
+
+class Example(NamedTuple):
+    """One song as the train step takes it; a batch has B of each in front. See `Tokens` and `model.Prompt`."""
+
+    ids: Int[np.ndarray, "T J"]
+    targets: Int[np.ndarray, "T J"]
+    states: Float[np.ndarray, "S E"]
+    kind: Int[np.ndarray, " S"]
+    section: Int[np.ndarray, " S"]
+    position: Int[np.ndarray, " S"]
+
+
+def prompt_rows(
+    lyric_states: np.ndarray, section: np.ndarray, genre_states: np.ndarray, memory: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """States, kind, section and position of the rows of a prompt: genre first, then lyrics, padded to `memory` rows.
+
+    Kind is 0 for genre, 1 for lyrics, -1 for padding; positions count from 0 in each kind.
+    """
+    genre, lyrics = len(genre_states), len(lyric_states)
+    padding = memory - genre - lyrics
+    if padding < 0:
+        raise ValueError(f"{genre} genre and {lyrics} lyric rows are more than {memory}; check_memory comes first")
+    states = np.vstack([genre_states, lyric_states, np.zeros((padding, lyric_states.shape[1]))]).astype(np.float32)
+    kind = np.repeat([0, 1, -1], [genre, lyrics, padding]).astype(np.int32)
+    sections = np.concatenate([np.zeros(genre), section, np.zeros(padding)]).astype(np.int32)
+    position = np.concatenate([np.arange(genre), np.arange(lyrics), np.zeros(padding)]).astype(np.int32)
+    return states, kind, sections, position
+
+
+def make_example(record: Record, layout: Layout, memory: int) -> Example:
+    """The record in the window of the layout and the memory of the model."""
+    rows = prompt_rows(record.lyric_states, record.section, record.genre_states, memory)
+    return Example(*layout.encode(record.codes), *rows)
+
+
+def batches(
+    dataset: Dataset, model: ModelConfig, seed: int, batch: int, steps: range, rows: slice = slice(None)
+) -> Iterator[Example]:
+    """The batch of every step of `steps`, read ahead by a thread: row r of step n is song n * batch + r of an endless
+    sequence of shuffled epochs. `rows` is this process's part of each batch. Close the iterator when done.
+    """
+    layout = make_layout(model)
+    songs = grain.MapDataset.source(dataset).seed(seed).shuffle().repeat()
+
+    def batch_of(step: int) -> Example:
+        chosen = range(int(step) * batch, (int(step) + 1) * batch)[rows]
+        examples = [make_example(songs[i], layout, model.memory) for i in chosen]
+        return Example(*(np.stack(column) for column in zip(*examples)))
+
+    ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    return iter(grain.MapDataset.range(steps.start, steps.stop).map(batch_of).to_iter_dataset(ahead))

@@ -1,0 +1,203 @@
+"""The SoundTransformer: next-code logits from the codes before and every word of the lyrics. Only mathematics.
+
+After `attention`, before `sharding`. With a the residual scale and M the memory:
+
+    x = LN(a x + SelfAttention(x));   x = LN(a x + CrossAttention(x, M));   x = LN(a x + MLP(x))
+
+Parameters are float32; `dtype` is what products are computed in. Layers are stacked and scanned.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from l2m_jax.attention import attend, cached_attention, causal_attention
+from l2m_jax.config import ModelConfig
+from l2m_jax.lyrics import SECTIONS
+from l2m_jax.tokens import Place, make_layout
+
+GENRE, LYRIC = 0, 1
+KINDS = 2
+
+
+class Prompt(NamedTuple):
+    """Genre and lyrics of each song as text states, padded to the memory length. Rows of kind -1 are padding."""
+
+    states: Float[Array, "B S E"]
+    kind: Int[Array, "B S"]
+    section: Int[Array, "B S"]
+    position: Int[Array, "B S"]
+
+
+class Memory(NamedTuple):
+    """What cross-attention looks at: a null row a kind, then the prompt's rows."""
+
+    states: Float[Array, "B M D"]
+    seen: Bool[Array, "B M"]
+
+
+class KeysValues(NamedTuple):
+    """Keys and values, heads before positions."""
+
+    keys: Float[Array, "B N C H"]
+    values: Float[Array, "B N C H"]
+
+
+class Attention(nnx.Module):
+    """Multi-head attention; what it attends to is the caller's."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+        plain, gained = _xavier(1.0), _xavier(config.initial_gain)
+        self.heads = config.heads
+        self.query = _linear(config.width, config.width, plain, dtype, rngs)
+        self.key = _linear(config.width, config.width, plain, dtype, rngs)
+        self.value = _linear(config.width, config.width, gained, dtype, rngs)
+        self.out = _linear(config.width, config.width, gained, dtype, rngs)
+
+    def _split(self, x: Array) -> Array:
+        return x.reshape(*x.shape[:2], self.heads, -1).swapaxes(1, 2)
+
+    def queries(self, x: Float[Array, "B T D"]) -> Float[Array, "B N T H"]:
+        """Queries of each head."""
+        return self._split(self.query(x))
+
+    def keys_values(self, x: Float[Array, "B T D"]) -> KeysValues:
+        """Keys and values of each head."""
+        return KeysValues(self._split(self.key(x)), self._split(self.value(x)))
+
+    def merge(self, heads: Float[Array, "B N T H"]) -> Float[Array, "B T D"]:
+        """The heads' results put together."""
+        return self.out(heads.swapaxes(1, 2).reshape(heads.shape[0], heads.shape[2], -1))
+
+
+class Layer(nnx.Module):
+    """Self-attention, cross-attention and MLP, each followed by a LayerNorm of the scaled residual."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+        gained = _xavier(config.initial_gain)
+        self.scale = config.residual_scale
+        self.self_attention = Attention(config, dtype, rngs=rngs)
+        self.cross_attention = Attention(config, dtype, rngs=rngs)
+        self.up = _linear(config.width, 4 * config.width, gained, dtype, rngs)
+        self.down = _linear(4 * config.width, config.width, gained, dtype, rngs)
+        self.norm1 = nnx.LayerNorm(config.width, dtype=dtype, rngs=rngs)
+        self.norm2 = nnx.LayerNorm(config.width, dtype=dtype, rngs=rngs)
+        self.norm3 = nnx.LayerNorm(config.width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T D"], memory: Memory) -> Float[Array, "B T D"]:
+        """The whole sequence at once (training)."""
+        attended = causal_attention(self.self_attention.queries(x), *self.self_attention.keys_values(x))
+        return self._rest(x, attended, self.cross_attention.keys_values(memory.states), memory.seen)
+
+    def step(
+        self,
+        x: Float[Array, "B T D"],
+        cache: KeysValues,
+        memory: KeysValues,
+        seen: Bool[Array, "B M"],
+        at: Int[Array, ""],
+    ) -> tuple[Float[Array, "B T D"], KeysValues]:
+        """Positions at, at + 1, ...: their keys and values are written into the cache, which is returned."""
+        new = self.self_attention.keys_values(x)
+        cache = jax.tree.map(lambda c, n: jax.lax.dynamic_update_slice_in_dim(c, n.astype(c.dtype), at, 2), cache, new)
+        attended = cached_attention(self.self_attention.queries(x), *cache, at)
+        return self._rest(x, attended, memory, seen), cache
+
+    def _rest(self, x: Array, attended: Array, memory: KeysValues, seen: Array) -> Array:
+        x = self.norm1(self.scale * x + self.self_attention.merge(attended))
+        attended = attend(self.cross_attention.queries(x), *memory, seen[:, None, None])
+        x = self.norm2(self.scale * x + self.cross_attention.merge(attended))
+        return self.norm3(self.scale * x + self.down(jax.nn.gelu(self.up(x))))
+
+
+class SoundTransformer(nnx.Module):
+    """Embeddings, memory, L layers and the output heads; the layout's `streams` J and `id_space` W give the shapes."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        layout = make_layout(config)
+        dtype = compute_dtype(config)
+        embed = nnx.initializers.normal(0.02)
+
+        def table(rows: int) -> nnx.Param:
+            return nnx.Param(embed(rngs.params(), (rows, config.width), jnp.float32))
+
+        self.streams, self.id_space, self.last_id, self.dtype = layout.streams, layout.id_space, layout.pad, dtype
+        self.token_embedding = table(layout.streams * layout.id_space)
+        self.codebook_embedding = table(config.codebooks + 1)
+        self.position_embedding = table(config.frames + config.codebooks)
+        self.project = _linear(config.text_width, config.width, _xavier(1.0), dtype, rngs)
+        self.kind_embedding = table(KINDS)
+        self.section_embedding = table(len(SECTIONS))
+        self.null_embedding = table(KINDS)
+        keys = jax.random.split(rngs.params(), config.layers)
+        self.layers = jax.vmap(lambda key: Layer(config, dtype, rngs=nnx.Rngs(key)))(keys)
+        self.head = _linear(config.width, layout.streams * layout.id_space, _xavier(1.0), dtype, rngs)
+
+    def memory(self, prompt: Prompt, keep: Bool[Array, "B kinds"]) -> Memory:
+        """Memory of each song. A kind that is not kept, or that has no rows, is its learned null row instead."""
+        x = self.project(prompt.states.astype(self.dtype))
+        kind = jnp.maximum(prompt.kind, 0)
+        x = x + self.kind_embedding[kind].astype(self.dtype) + self.section_embedding[prompt.section].astype(self.dtype)
+        x = x + sinusoids(prompt.position, x.shape[-1]).astype(self.dtype)
+        seen = (prompt.kind >= 0) & jnp.take_along_axis(keep, kind, axis=1)
+        null = jnp.broadcast_to(self.null_embedding[...].astype(self.dtype), (len(x), KINDS, x.shape[-1]))
+        absent = jnp.stack([~(seen & (kind == k)).any(-1) for k in range(KINDS)], axis=-1)
+        return Memory(jnp.concatenate([null, x], 1), jnp.concatenate([absent, seen], 1))
+
+    def embed(self, ids: Int[Array, "B T J"], place: Place) -> Float[Array, "B T D"]:
+        """Token, codebook and position embeddings, added."""
+        rows = ids + self.id_space * jnp.arange(self.streams)
+        x = self.token_embedding[rows].sum(-2)
+        x = x + self.codebook_embedding[place.codebook] + self.position_embedding[place.frame]
+        return x.astype(self.dtype)
+
+    def hidden(
+        self, ids: Int[Array, "B T J"], place: Place, memory: Memory, remat: bool = False
+    ) -> Float[Array, "B T D"]:
+        """States of every position, the whole sequence at once; `remat` recomputes each layer in the backward pass."""
+
+        def apply(x: Array, layer: Layer) -> tuple[Array, None]:
+            return layer(x, memory), None
+
+        return jax.lax.scan(jax.checkpoint(apply) if remat else apply, self.embed(ids, place), self.layers)[0]
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T J W"]:
+        """Float32 logits of every stream; ids that pad the space are -inf."""
+        logits = self.head(hidden).astype(jnp.float32).reshape(*hidden.shape[:2], self.streams, self.id_space)
+        return jnp.where(jnp.arange(self.id_space) <= self.last_id, logits, -jnp.inf)
+
+    def unstacked(self) -> list[Layer]:
+        """The layers one by one, for the decode loop: slices of the stack would be copied at every step."""
+        return [cast(Layer, jax.tree.map(lambda p, i=i: p[i], self.layers)) for i in range(self.depth)]
+
+    @property
+    def depth(self) -> int:
+        """L."""
+        return jax.tree.leaves(self.layers)[0].shape[0]
+
+
+def compute_dtype(config: ModelConfig) -> jnp.dtype:
+    """What products are computed in: float32 on CPU, bfloat16 on accelerators, unless the config says."""
+    auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(auto if config.dtype == "auto" else config.dtype)
+
+
+def sinusoids(position: Int[Array, "B S"], width: int) -> Float[Array, "B S D"]:
+    """Sine and cosine of the position at wavelengths from 2 pi to 10,000 x 2 pi (Vaswani et al., 2017)."""
+    half = (width + 1) // 2
+    rates = 10_000.0 ** (-jnp.arange(half) / half)
+    angles = position[..., None] * rates
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)[..., :width]
+
+
+def _xavier(gain: float) -> nnx.Initializer:
+    return nnx.initializers.variance_scaling(gain**2, "fan_avg", "normal")
+
+
+def _linear(inputs: int, outputs: int, init: nnx.Initializer, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(inputs, outputs, kernel_init=init, dtype=dtype, rngs=rngs)

@@ -1,0 +1,113 @@
+"""Audio files in and out."""
+
+import resource
+import signal
+
+import numpy as np
+import pytest
+import soundfile
+
+from l2m_jax.audio import audio_seconds, read_audio, write_atomic, write_wav
+from l2m_jax.config import UserError
+
+
+def tone(seconds: float, rate: int, channels: int = 1) -> np.ndarray:
+    """440 Hz in the first channel, silence in the others."""
+    samples = np.zeros((int(seconds * rate), channels), np.float32)
+    samples[:, 0] = 0.5 * np.sin(2 * np.pi * 440 * np.arange(len(samples)) / rate)
+    return samples
+
+
+@pytest.mark.parametrize(("kind", "rate", "channels"), [
+    ("wav", 44_100, 2), ("flac", 48_000, 1), ("ogg", 44_100, 2), ("mp3", 32_000, 2), ("wav", 8_000, 6),
+    ("wav", 24_000, 1),
+])  # fmt: skip
+def test_reads_any_format_rate_and_channels(tmp_path, kind, rate, channels):
+    path = tmp_path / f"a.{kind}"
+    soundfile.write(path, tone(2, rate, channels), rate)
+    samples = read_audio(path, 24_000)
+    assert samples.dtype == np.float32 and samples.ndim == 1
+    assert abs(len(samples) - 48_000) < 3_000 and abs(audio_seconds(path) - 2) < 0.1  # mp3 and ogg pad
+    expected = 0.5 / channels * np.sin(2 * np.pi * 440 * np.arange(48_000) / 24_000)
+    middle = slice(12_000, 36_000)
+    shift = int(np.argmax([np.dot(samples[12_000 + s : 36_000 + s], expected[middle]) for s in range(55)]))
+    error = np.abs(samples[12_000 + shift : 36_000 + shift] - expected[middle]).max()
+    print(f"{kind}: error {error:.1e}, tolerance 5e-02 (a 55th of a period, and lossy formats)")
+    assert error < 0.05
+
+
+def test_long_files_are_read_whole(tmp_path):
+    noise = np.random.default_rng(0).uniform(-0.9, 0.9, 600_000).astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", noise, 24_000, "FLOAT")
+    np.testing.assert_array_equal(read_audio(tmp_path / "a.wav", 24_000), noise)
+
+
+@pytest.mark.parametrize("kind", ["wav", "flac", "mp3"])
+def test_a_file_cut_short_is_an_error(tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
+    noise = np.random.default_rng(0).normal(0, 0.1, (120_000, 2))
+    soundfile.write(path, noise, 24_000)
+    assert len(read_audio(path, 24_000)) >= 120_000
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match=rf"a\.{kind}: (cut short|corrupt)"):
+        read_audio(path, 24_000)
+
+
+def test_a_damaged_file_is_an_error(tmp_path):
+    path = tmp_path / "a.flac"
+    soundfile.write(path, np.random.default_rng(0).normal(0, 0.1, 240_000), 24_000)
+    content = bytearray(path.read_bytes())
+    content[200_000:205_000] = bytes(5_000)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.flac: corrupt audio after \d+\.\d s"):
+        read_audio(path, 24_000)
+
+
+def test_a_wav_of_unknown_length_is_read(tmp_path):
+    """Programs that write a WAV into a pipe leave the largest length in its header."""
+    path = tmp_path / "a.wav"
+    soundfile.write(path, tone(1, 24_000), 24_000)
+    content = bytearray(path.read_bytes())
+    content[40:44] = b"\xff\xff\xff\xff"
+    path.write_bytes(content)
+    assert len(read_audio(path, 24_000)) == 24_000
+
+
+def test_what_is_no_sound_is_an_error(tmp_path):
+    (tmp_path / "empty.mp3").touch()
+    (tmp_path / "text.mp3").write_text("la la la " * 100)
+    soundfile.write(tmp_path / "none.wav", np.zeros(0), 24_000)
+    soundfile.write(tmp_path / "nan.wav", np.array([0, 0.5, np.nan] * 8_000), 24_000, "FLOAT")
+    for name, reason in {
+        "missing.mp3": "no such audio file", "empty.mp3": "empty", "text.mp3": "cannot be read as mp3",
+        "none.wav": "no sound", "nan.wav": r"sample at 0\.000 s is NaN",
+    }.items():  # fmt: skip
+        with pytest.raises(UserError, match=f"{name}.*{reason}"):
+            read_audio(tmp_path / name, 24_000)
+
+
+def test_wav_is_16_bit_mono_and_clipped(tmp_path):
+    path = tmp_path / "a.wav"
+    write_wav(path, np.array([0, 0.5, -0.5, 3, -3], np.float32), 24_000)
+    info = soundfile.info(path)
+    assert (info.subtype, info.channels, info.samplerate) == ("PCM_16", 1, 24_000)
+    np.testing.assert_allclose(soundfile.read(path)[0], [0, 0.5, -0.5, 1, -1], atol=1 / 32_767)
+    with pytest.raises(UserError, match="2 samples are NaN or infinite"):
+        write_wav(path, np.array([0, np.inf, np.nan]), 24_000)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.wav"]
+
+
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a.wav"
+    path.write_bytes(b"old")
+    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, limits[1]))
+        with pytest.raises(UserError, match=r"a\.wav: cannot be written"):
+            write_wav(path, np.zeros(24_000, np.float32), 24_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("a.wav", b"old")]
+    with pytest.raises(UserError, match="No such file or directory"):
+        write_atomic(tmp_path / "no" / "a.wav", b"")

@@ -1,0 +1,317 @@
+"""The codec against transformers, whole songs against chunks, and its loading."""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from l2m_jax.audio import read_audio
+from l2m_jax.codec import Codec, decode, decode_chunk, decoder_state, encode
+from l2m_jax.config import UserError
+from l2m_jax.encodec import Encodec, EncodecConfig, State
+from l2m_jax.weights import fingerprint, load_codec, resolve
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "codec.npz")
+SOUND = GOLDEN["sound"].astype(np.float32) / 32_768
+SMALL_CONFIG = json.loads(str(GOLDEN["config"]))
+SMALL_WEIGHTS = {key.removeprefix("weight/"): GOLDEN[key] for key in GOLDEN.files if key.startswith("weight/")}
+
+embed = jax.jit(Encodec.embed)
+
+
+def save(folder: Path, config: dict = SMALL_CONFIG, weights: dict[str, np.ndarray] = SMALL_WEIGHTS) -> str:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({key: np.ascontiguousarray(value) for key, value in weights.items()}, folder / "model.safetensors")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Codec:
+    """Hop 8, two residual layers a stage, two LSTM layers, 24 codebooks of 32 entries; random."""
+    return load_codec(save(tmp_path_factory.mktemp("codecs") / "small"), 4)
+
+
+@pytest.fixture(scope="module")
+def solfege() -> Codec:
+    return load_codec()
+
+
+def check(what: str, error: float, tolerance: float) -> None:
+    print(f"{what}: error {error:.1e}, tolerance {tolerance:.0e}")
+    assert error <= tolerance
+
+
+def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
+    assert ours.shape == theirs.shape
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def latents(codec: Codec, samples: np.ndarray) -> np.ndarray:
+    """Of the whole signal, in one piece."""
+    frames = -(-len(samples) // codec.hop)
+    padded = np.pad(samples, (0, frames * codec.hop - len(samples)))[None]
+    return np.asarray(embed(codec.module, padded, jnp.array(len(samples)), State.first(codec.module.encoder, 1))[0][0])
+
+
+def check_parity(codec: Codec, samples: np.ndarray, expected: dict[str, np.ndarray], chunk: int = 750) -> None:
+    check("latents", relative(latents(codec, samples), expected["latents"]), 1e-4)
+    codes = encode(codec, samples, chunk)
+    assert codes.dtype == np.int32 and codes.shape == expected["codes"].shape
+    check("codes that differ", float(np.mean(codes != expected["codes"])), 1e-3)
+    check("waveform", relative(decode(codec, expected["codes"], chunk), expected["wave"]), 1e-4)
+
+
+def golden(name: str, codebooks: int) -> dict[str, np.ndarray]:
+    return {
+        key: GOLDEN[f"{name}/{key}"][..., : codebooks if key == "codes" else None]
+        for key in ("latents", "codes", "wave")
+    }
+
+
+def test_shipped_codec_is_that_of_transformers(solfege):
+    assert (solfege.rate, solfege.frame_rate, solfege.hop, solfege.codebooks, solfege.entries) == (
+        24_000,
+        75,
+        320,
+        2,
+        1024,
+    )
+    check_parity(solfege, SOUND, golden("shipped", 2))
+
+
+def test_lstm_and_dilations_are_those_of_transformers(tmp_path):
+    codec = load_codec(save(tmp_path))
+    assert codec.codebooks == GOLDEN["small/codes"].shape[1]
+    check_parity(codec, SOUND[:4_003], golden("small", codec.codebooks), chunk=100)
+
+
+def test_shipped_codec_keeps_the_tune(solfege):
+    codes = encode(solfege, SOUND)
+    wave = decode(solfege, codes)[: len(SOUND)]
+    strongest = [np.abs(np.fft.rfft(x[:6_000] * np.hanning(6_000))).argmax() for x in (SOUND, wave)]
+    assert strongest[0] == pytest.approx(strongest[1], abs=1) and len(np.unique(codes)) > 20
+
+
+@pytest.mark.parametrize("samples", [1, 7, 8, 9, 55, 56, 57, 63, 160, 161, 333, 1_000])
+def test_chunks_give_the_whole(small, samples):
+    """Chunks of 7 frames are the smallest whose first one can be reflected."""
+    frames = -(-samples // small.hop)
+    whole = encode(small, SOUND[:samples], max(frames, 7))
+    assert whole.shape == (frames, 4)
+    for chunk in (7, 20):
+        np.testing.assert_array_equal(encode(small, SOUND[:samples], chunk), whole)
+        error = np.abs(decode(small, whole, chunk) - decode(small, whole, max(frames, 7))).max()
+        check(f"{samples} samples in chunks of {chunk} frames", error, 1e-5)
+
+
+def test_chunks_of_the_shipped_codec_give_the_whole(solfege):
+    whole = encode(solfege, SOUND, 76)
+    np.testing.assert_array_equal(encode(solfege, SOUND, 20), whole)
+    check("waveform in chunks", np.abs(decode(solfege, whole, 20) - decode(solfege, whole, 76)).max(), 1e-5)
+
+
+def test_any_length_compiles_once(small):
+    """One shape of chunk, whatever the song's length."""
+    with jax.log_compiles(False), jax._src.test_util.count_jit_compilation_cache_miss() as misses:
+        for samples in (3, 111, 999):
+            decode(small, encode(small, SOUND[:samples], 33), 33)
+    print(f"{misses()} compilations")
+    assert misses() <= 2
+
+
+def test_stream_is_the_whole(small):
+    codes = encode(small, SOUND[:2_000], 250)
+    state, parts = decoder_state(small), []
+    for piece in (codes[:7], codes[7:8], codes[8:100], codes[100:]):
+        state, samples = decode_chunk(small, state, piece)
+        assert len(samples) == len(piece) * small.hop
+        parts.append(samples)
+    check("stream", np.abs(np.concatenate(parts) - decode(small, codes, 250)).max(), 1e-5)
+
+
+def test_songs_of_a_batch_do_not_touch_each_other(small):
+    pair = jnp.stack([SOUND[:800], SOUND[800:1_600]])
+    both, state = embed(small.module, pair, jnp.array(800), State.first(small.module.encoder, 2))
+    waves, _ = small.module.synthesize(
+        small.module.quantize(both), jnp.array(100), State.first(small.module.decoder, 2)
+    )
+    assert state.started
+    for i in range(2):
+        check("latents", relative(np.asarray(both[i]), latents(small, np.asarray(pair[i]))), 1e-5)
+        alone = decode(small, encode(small, np.asarray(pair[i]), 100), 100)
+        check("waveform", relative(np.asarray(waves[i]), alone), 1e-5)
+
+
+def test_silence_and_nothing(small):
+    assert encode(small, np.zeros(0, np.float32)).shape == (0, 4)
+    assert decode(small, np.zeros((0, 4), np.int32)).shape == (0,)
+    assert len(np.unique(encode(small, np.zeros(800, np.float32), 100)[20:], axis=0)) == 1
+
+
+def test_codes_out_of_range_are_errors(small):
+    with pytest.raises(UserError, match="codes go from 0 to 32; codec small has 0 to 31"):
+        decode(small, np.array([[0, 1, 2, 32]]))
+    with pytest.raises(UserError, match="codes have 2 codebooks; codec small was loaded with 4"):
+        decode_chunk(small, decoder_state(small), np.array([[0, 1]]))
+
+
+def test_spellings_and_storage_load_alike(small, tmp_path):
+    old = {
+        key.replace("parametrizations.weight.original0", "weight_g").replace("parametrizations.weight.original1", "weight_v"): value
+        for key, value in SMALL_WEIGHTS.items()
+    }  # fmt: skip
+    older = load_codec(save(tmp_path / "old", weights=old), 4)
+    assert older.fingerprint == small.fingerprint and older.name == "old"
+    np.testing.assert_array_equal(encode(older, SOUND[:800], 100), encode(small, SOUND[:800], 100))
+
+    half = {key: value.astype(np.float16) for key, value in SMALL_WEIGHTS.items()}
+    halved = load_codec(save(tmp_path / "half", weights=half))
+    widened = load_codec(
+        save(tmp_path / "wide", weights={key: value.astype(np.float32) for key, value in half.items()})
+    )
+    assert halved.fingerprint == widened.fingerprint != small.fingerprint
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(halved.module))
+
+
+def test_zero_lstm_is_none(tmp_path):
+    zero = {key: value * (".lstm." not in key) for key, value in SMALL_WEIGHTS.items()}
+    codec = load_codec(save(tmp_path, weights=zero), 4)
+    assert codec.config.num_lstm_layers == 0
+    config = EncodecConfig.parse(SMALL_CONFIG, "")
+    module = Encodec(config, 4, nnx.Rngs(0))
+    lstm = module.encoder.layers[-3]
+    zeros = jax.tree.map(jnp.zeros_like, lstm)
+    x = jnp.array(SOUND[:160]).reshape(1, 10, 16)
+    np.testing.assert_array_equal(zeros(x, None, lstm.initial(1))[0], x)  # pyright: ignore
+
+
+def test_fingerprint_is_of_names_shapes_and_values():
+    one = {"a": np.arange(6.0).reshape(2, 3), "b": np.ones(2)}
+    assert fingerprint(one) == fingerprint({"b": np.ones(2, np.float16), "a": np.asfortranarray(one["a"])})
+    others = [{**one, "b": np.zeros(2)}, {"a": one["a"], "c": one["b"]}, {**one, "a": one["a"].reshape(3, 2)}]
+    assert len({fingerprint(x) for x in [one, *others]}) == 4
+
+
+@pytest.mark.parametrize(("setting", "value"), [
+    ("use_causal_conv", False), ("audio_channels", 2), ("norm_type", "time_group_norm"), ("normalize", True),
+    ("chunk_length_s", 1.0), ("pad_mode", "constant"), ("trim_right_ratio", 0.5), ("codebook_dim", 4), ("model_type", "dac"),
+    ("codebook_size", 1000),
+])  # fmt: skip
+def test_unsupported_settings_are_named(tmp_path, setting, value):
+    with pytest.raises(UserError, match=rf"config\.json: {setting} is {value!r}"):
+        load_codec(save(tmp_path, {**SMALL_CONFIG, setting: value}))
+
+
+def test_damaged_checkpoints_are_errors(tmp_path, monkeypatch):
+    some = "encoder.layers.0.conv.bias"
+    less = {key: value for key, value in SMALL_WEIGHTS.items() if key != some}
+    codebook = {key: value for key, value in SMALL_WEIGHTS.items() if "quantizer.layers.3." not in key}
+    no_gain = {
+        key: value
+        for key, value in SMALL_WEIGHTS.items()
+        if not key.endswith("encoder.layers.0.conv.parametrizations.weight.original0")
+    }
+    for number, (weights, reason) in enumerate([
+        (less, "lacks the parameters encoder.layers.0.bias"),
+        ({**SMALL_WEIGHTS, "encoder.layers.9.what": np.ones(1)}, "no place in the model: encoder.layers.9.what"),
+        ({**SMALL_WEIGHTS, some: np.ones(3)}, r"encoder.layers.0.bias has shape \(3,\); the config asks for \(4,\)"),
+        (codebook, "quantizer.layers.4|codebooks"),
+        (no_gain, "lacks tensor 'encoder.layers.0.conv.parametrizations.weight.original0'"),
+    ]):  # fmt: skip
+        with pytest.raises(UserError, match=reason):
+            load_codec(save(tmp_path / str(number), weights=weights), 4)
+
+    folder = Path(save(tmp_path / "cut"))
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1_000])
+    with pytest.raises(UserError, match=r"model\.safetensors: cannot be read"):
+        load_codec(str(folder))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"holds no \*\.safetensors"):
+        load_codec(str(folder))
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json: cannot be read"):
+        load_codec(str(folder))
+    with pytest.raises(UserError, match="codebooks is 3; codec solfege has 1 to 2"):
+        load_codec(codebooks=3)
+    with pytest.raises(UserError, match="solfegge: no such folder"):
+        load_codec("solfegge")
+
+
+def test_without_a_network_the_error_says_what_to_do(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    def offline(*_, **__):
+        raise OSError("no route to host\nat all")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(
+        UserError, match=r"facebook/encodec_24khz: cannot be downloaded \(no route to host\); .* folder"
+    ):
+        load_codec("facebook/encodec_24khz")
+
+
+def test_published_configuration_has_the_published_size():
+    """encodec_24khz: 14.85 million weights without its codebooks, 32 codebooks at 24 kbit/s."""
+    config = EncodecConfig()
+    assert [config.codebooks_at(bandwidth) for bandwidth in config.target_bandwidths] == [2, 4, 8, 16, 32]
+    shapes = jax.eval_shape(lambda: Encodec(config, 32, nnx.Rngs(0)))
+    count = sum(leaf.size for side in (shapes.encoder, shapes.decoder) for leaf in jax.tree.leaves(side))
+    assert count == 14_850_850 - 0
+    assert shapes.codebooks.shape == (32, 1024, 128)
+
+
+def torch_parity(codec: Codec, model, samples: np.ndarray, chunk: int = 750) -> None:
+    import torch
+
+    bandwidth = model.config.target_bandwidths[0 if codec.codebooks == 2 else -1]
+    with torch.no_grad():
+        given = torch.from_numpy(samples)[None, None]
+        codes = model.encode(given, bandwidth=bandwidth).audio_codes[:, :, : codec.codebooks]
+        expected = {"latents": model.encoder(given)[0].T.numpy(), "codes": codes[0, 0].T.numpy()}
+        expected["wave"] = model.decode(codes, [None]).audio_values[0, 0].numpy()
+    check_parity(codec, samples, expected, chunk)
+
+
+@pytest.mark.torch
+def test_transformers_loads_the_shipped_folder_and_agrees_on_songs(solfege):
+    transformers = pytest.importorskip("transformers")
+    if not os.environ.get("L2M_SONGS"):
+        pytest.skip("set L2M_SONGS to a folder of songs, song_001/audio.mp3")
+    model = transformers.EncodecModel.from_pretrained(resolve("solfege")[1]).eval()
+    for path in sorted(Path(os.environ["L2M_SONGS"]).glob("*/audio.*"))[:2]:
+        samples = read_audio(path, 24_000)[40 * 24_000 : 52 * 24_000 + 123]
+        print(path.parent.name)
+        torch_parity(solfege, model, samples)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("samples", [*range(1, 18), 24, 47, 48, 49, 55, 56, 57, 401])
+def test_transformers_agrees_on_the_shortest_sounds(small, samples):
+    """Where the signal is shorter than the padding, the published model puts zeros before it reflects."""
+    transformers = pytest.importorskip("transformers")
+    import torch
+
+    model = transformers.EncodecModel(transformers.EncodecConfig(**SMALL_CONFIG)).eval()
+    model.load_state_dict({key: torch.from_numpy(value) for key, value in SMALL_WEIGHTS.items()}, strict=False)
+    torch_parity(small, model, SOUND[:samples], chunk=40)
+
+
+@pytest.mark.torch
+def test_transformers_agrees_at_the_published_size(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    import torch
+
+    torch.manual_seed(0)
+    model = transformers.EncodecModel(transformers.EncodecConfig()).eval()
+    for layer in model.quantizer.layers:
+        layer.codebook.embed.normal_(0, 0.3)
+    model.save_pretrained(tmp_path)
+    torch_parity(load_codec(str(tmp_path), 32), model, SOUND[:12_007], chunk=20)
+    assert set(load_file(tmp_path / "model.safetensors")) == set(model.state_dict())
