@@ -113,10 +113,8 @@ def _chunks(array: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
 
 def _check(codec: Codec, codes: np.ndarray) -> None:
     """JAX clamps indices out of range instead of complaining."""
-    if codes.ndim != 2 or codes.shape[1] != codec.codebooks:
-        raise UserError(
-            f"codes have shape {codes.shape}; codec {codec.name} was loaded for [frames, {codec.codebooks}]"
-        )
+    if codes.shape[1] != codec.codebooks:
+        raise UserError(f"codes have {codes.shape[1]} codebooks; codec {codec.name} was loaded with {codec.codebooks}")
     if codes.size and not 0 <= codes.min() <= codes.max() < codec.entries:
         raise UserError(
             f"codes go from {codes.min()} to {codes.max()}; codec {codec.name} has 0 to {codec.entries - 1}"

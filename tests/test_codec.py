@@ -12,9 +12,9 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from l2m_jax.audio import read_audio
-from l2m_jax.codec import Codec, decode, decode_chunk, decoder_state, encode
+from l2m_jax.codec import Codec, _decode_chunk, _encode_chunk, decode, decode_chunk, decoder_state, encode
 from l2m_jax.config import UserError
-from l2m_jax.encodec import Encodec, EncodecConfig, State
+from l2m_jax.encodec import Encodec, EncodecConfig, Lstm, Span, State
 from l2m_jax.weights import fingerprint, load_codec, resolve
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "codec.npz")
@@ -34,7 +34,7 @@ def save(folder: Path, config: dict = SMALL_CONFIG, weights: dict[str, np.ndarra
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Codec:
-    """Hop 8, two residual layers a stage, two LSTM layers, 24 codebooks of 32 entries; random."""
+    """Hop 8, two residual layers a stage, two LSTM layers, 4 codebooks of 32 entries; random."""
     return load_codec(save(tmp_path_factory.mktemp("codecs") / "small"), 4)
 
 
@@ -54,10 +54,10 @@ def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def latents(codec: Codec, samples: np.ndarray) -> np.ndarray:
-    """Of the whole signal, in one piece."""
-    frames = -(-len(samples) // codec.hop)
-    padded = np.pad(samples, (0, frames * codec.hop - len(samples)))[None]
-    return np.asarray(embed(codec.module, padded, jnp.array(len(samples)), State.first(codec.module.encoder, 1))[0][0])
+    """Of the whole signal, in one piece of a multiple of 64 frames."""
+    padded = np.pad(samples, (0, -len(samples) % (64 * codec.hop)))[None]
+    found, _ = embed(codec.module, padded, jnp.array(len(samples)), State.first(codec.module.encoder, 1))
+    return np.asarray(found[0, : -(-len(samples) // codec.hop)])
 
 
 def check_parity(codec: Codec, samples: np.ndarray, expected: dict[str, np.ndarray], chunk: int = 750) -> None:
@@ -95,19 +95,20 @@ def test_lstm_and_dilations_are_those_of_transformers(tmp_path):
 def test_shipped_codec_keeps_the_tune(solfege):
     codes = encode(solfege, SOUND)
     wave = decode(solfege, codes)[: len(SOUND)]
-    strongest = [np.abs(np.fft.rfft(x[:6_000] * np.hanning(6_000))).argmax() for x in (SOUND, wave)]
-    assert strongest[0] == pytest.approx(strongest[1], abs=1) and len(np.unique(codes)) > 20
+    power = np.abs(np.fft.rfft(wave[:6_000] * np.hanning(6_000))) ** 2  # of the first note, 220 Hz: 55 bins
+    harmonic = np.abs((np.arange(len(power)) + 27) % 55 - 27) <= 4
+    print(f"{power[harmonic].sum() / power.sum():.2f} of the power within 16 Hz of the note's harmonics")
+    assert power[harmonic].sum() > 0.5 * power.sum() and len(np.unique(codes)) > 20
 
 
 @pytest.mark.parametrize("samples", [1, 7, 8, 9, 55, 56, 57, 63, 160, 161, 333, 1_000])
 def test_chunks_give_the_whole(small, samples):
     """Chunks of 7 frames are the smallest whose first one can be reflected."""
-    frames = -(-samples // small.hop)
-    whole = encode(small, SOUND[:samples], max(frames, 7))
-    assert whole.shape == (frames, 4)
+    whole = encode(small, SOUND[:samples], 128)
+    assert whole.shape == (-(-samples // small.hop), 4)
     for chunk in (7, 20):
         np.testing.assert_array_equal(encode(small, SOUND[:samples], chunk), whole)
-        error = np.abs(decode(small, whole, chunk) - decode(small, whole, max(frames, 7))).max()
+        error = np.abs(decode(small, whole, chunk) - decode(small, whole, 128)).max()
         check(f"{samples} samples in chunks of {chunk} frames", error, 1e-5)
 
 
@@ -119,33 +120,30 @@ def test_chunks_of_the_shipped_codec_give_the_whole(solfege):
 
 def test_any_length_compiles_once(small):
     """One shape of chunk, whatever the song's length."""
-    with jax.log_compiles(False), jax._src.test_util.count_jit_compilation_cache_miss() as misses:
-        for samples in (3, 111, 999):
-            decode(small, encode(small, SOUND[:samples], 33), 33)
-    print(f"{misses()} compilations")
-    assert misses() <= 2
+    before = _encode_chunk._cache_size(), _decode_chunk._cache_size()
+    for samples in (3, 111, 999):
+        decode(small, encode(small, SOUND[:samples], 33), 33)
+    assert (_encode_chunk._cache_size(), _decode_chunk._cache_size()) == (before[0] + 1, before[1] + 1)
 
 
 def test_stream_is_the_whole(small):
-    codes = encode(small, SOUND[:2_000], 250)
+    codes = encode(small, SOUND[:1_024], 128)
     state, parts = decoder_state(small), []
     for piece in (codes[:7], codes[7:8], codes[8:100], codes[100:]):
         state, samples = decode_chunk(small, state, piece)
         assert len(samples) == len(piece) * small.hop
         parts.append(samples)
-    check("stream", np.abs(np.concatenate(parts) - decode(small, codes, 250)).max(), 1e-5)
+    check("stream", np.abs(np.concatenate(parts) - decode(small, codes, 128)).max(), 1e-5)
 
 
 def test_songs_of_a_batch_do_not_touch_each_other(small):
-    pair = jnp.stack([SOUND[:800], SOUND[800:1_600]])
-    both, state = embed(small.module, pair, jnp.array(800), State.first(small.module.encoder, 2))
-    waves, _ = small.module.synthesize(
-        small.module.quantize(both), jnp.array(100), State.first(small.module.decoder, 2)
-    )
+    pair = jnp.stack([SOUND[:512], SOUND[512:1_024]])
+    both, state = embed(small.module, pair, jnp.array(512), State.first(small.module.encoder, 2))
+    waves, _ = small.module.synthesize(small.module.quantize(both), jnp.array(64), State.first(small.module.decoder, 2))
     assert state.started
     for i in range(2):
         check("latents", relative(np.asarray(both[i]), latents(small, np.asarray(pair[i]))), 1e-5)
-        alone = decode(small, encode(small, np.asarray(pair[i]), 100), 100)
+        alone = decode(small, encode(small, np.asarray(pair[i]), 128), 128)
         check("waveform", relative(np.asarray(waves[i]), alone), 1e-5)
 
 
@@ -163,13 +161,11 @@ def test_codes_out_of_range_are_errors(small):
 
 
 def test_spellings_and_storage_load_alike(small, tmp_path):
-    old = {
-        key.replace("parametrizations.weight.original0", "weight_g").replace("parametrizations.weight.original1", "weight_v"): value
-        for key, value in SMALL_WEIGHTS.items()
-    }  # fmt: skip
-    older = load_codec(save(tmp_path / "old", weights=old), 4)
-    assert older.fingerprint == small.fingerprint and older.name == "old"
-    np.testing.assert_array_equal(encode(older, SOUND[:800], 100), encode(small, SOUND[:800], 100))
+    newer, older = ("parametrizations.weight.original0", "parametrizations.weight.original1"), ("weight_g", "weight_v")
+    old = {key.replace(newer[0], older[0]).replace(newer[1], older[1]): value for key, value in SMALL_WEIGHTS.items()}
+    codec = load_codec(save(tmp_path / "old", weights=old), 4)
+    assert codec.fingerprint == small.fingerprint and codec.name == "old"
+    np.testing.assert_array_equal(encode(codec, SOUND[:800], 128), encode(small, SOUND[:800], 128))
 
     half = {key: value.astype(np.float16) for key, value in SMALL_WEIGHTS.items()}
     halved = load_codec(save(tmp_path / "half", weights=half))
@@ -180,16 +176,20 @@ def test_spellings_and_storage_load_alike(small, tmp_path):
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(halved.module))
 
 
+def test_fewer_codebooks_give_the_first_codes(small, tmp_path):
+    codec = load_codec(save(tmp_path), 2)
+    assert codec.codebooks == 2 and codec.fingerprint == small.fingerprint
+    np.testing.assert_array_equal(encode(codec, SOUND[:800], 128), encode(small, SOUND[:800], 128)[:, :2])
+
+
 def test_zero_lstm_is_none(tmp_path):
     zero = {key: value * (".lstm." not in key) for key, value in SMALL_WEIGHTS.items()}
     codec = load_codec(save(tmp_path, weights=zero), 4)
     assert codec.config.num_lstm_layers == 0
-    config = EncodecConfig.parse(SMALL_CONFIG, "")
-    module = Encodec(config, 4, nnx.Rngs(0))
-    lstm = module.encoder.layers[-3]
-    zeros = jax.tree.map(jnp.zeros_like, lstm)
+    lstm = jax.tree.map(jnp.zeros_like, Lstm(16, 2, nnx.Rngs(0)))
     x = jnp.array(SOUND[:160]).reshape(1, 10, 16)
-    np.testing.assert_array_equal(zeros(x, None, lstm.initial(1))[0], x)  # pyright: ignore
+    y, _, _ = lstm(x, Span(jnp.array(10), jnp.array(False)), lstm.initial(1))
+    np.testing.assert_array_equal(y, x)
 
 
 def test_fingerprint_is_of_names_shapes_and_values():
@@ -201,8 +201,8 @@ def test_fingerprint_is_of_names_shapes_and_values():
 
 @pytest.mark.parametrize(("setting", "value"), [
     ("use_causal_conv", False), ("audio_channels", 2), ("norm_type", "time_group_norm"), ("normalize", True),
-    ("chunk_length_s", 1.0), ("pad_mode", "constant"), ("trim_right_ratio", 0.5), ("codebook_dim", 4), ("model_type", "dac"),
-    ("codebook_size", 1000),
+    ("chunk_length_s", 1.0), ("pad_mode", "constant"), ("trim_right_ratio", 0.5), ("codebook_dim", 4),
+    ("model_type", "dac"), ("codebook_size", 1000),
 ])  # fmt: skip
 def test_unsupported_settings_are_named(tmp_path, setting, value):
     with pytest.raises(UserError, match=rf"config\.json: {setting} is {value!r}"):
@@ -213,17 +213,14 @@ def test_damaged_checkpoints_are_errors(tmp_path, monkeypatch):
     some = "encoder.layers.0.conv.bias"
     less = {key: value for key, value in SMALL_WEIGHTS.items() if key != some}
     codebook = {key: value for key, value in SMALL_WEIGHTS.items() if "quantizer.layers.3." not in key}
-    no_gain = {
-        key: value
-        for key, value in SMALL_WEIGHTS.items()
-        if not key.endswith("encoder.layers.0.conv.parametrizations.weight.original0")
-    }
+    gain = "encoder.layers.0.conv.parametrizations.weight.original0"
+    no_gain = {key: value for key, value in SMALL_WEIGHTS.items() if key != gain}
     for number, (weights, reason) in enumerate([
         (less, "lacks the parameters encoder.layers.0.bias"),
         ({**SMALL_WEIGHTS, "encoder.layers.9.what": np.ones(1)}, "no place in the model: encoder.layers.9.what"),
         ({**SMALL_WEIGHTS, some: np.ones(3)}, r"encoder.layers.0.bias has shape \(3,\); the config asks for \(4,\)"),
-        (codebook, "quantizer.layers.4|codebooks"),
-        (no_gain, "lacks tensor 'encoder.layers.0.conv.parametrizations.weight.original0'"),
+        (codebook, r"codebooks has shape \(3, 32, 8\); the config asks for \(4, 32, 8\)"),
+        (no_gain, f"lacks tensor '{gain}'"),
     ]):  # fmt: skip
         with pytest.raises(UserError, match=reason):
             load_codec(save(tmp_path / str(number), weights=weights), 4)
@@ -258,12 +255,12 @@ def test_without_a_network_the_error_says_what_to_do(monkeypatch, tmp_path):
 
 
 def test_published_configuration_has_the_published_size():
-    """encodec_24khz: 14.85 million weights without its codebooks, 32 codebooks at 24 kbit/s."""
+    """encodec_24khz: 14.8 million weights, weight_norm folded, beside 32 codebooks at 24 kbit/s."""
     config = EncodecConfig()
     assert [config.codebooks_at(bandwidth) for bandwidth in config.target_bandwidths] == [2, 4, 8, 16, 32]
     shapes = jax.eval_shape(lambda: Encodec(config, 32, nnx.Rngs(0)))
     count = sum(leaf.size for side in (shapes.encoder, shapes.decoder) for leaf in jax.tree.leaves(side))
-    assert count == 14_850_850 - 0
+    assert count == 14_838_625
     assert shapes.codebooks.shape == (32, 1024, 128)
 
 
@@ -286,13 +283,13 @@ def test_transformers_loads_the_shipped_folder_and_agrees_on_songs(solfege):
         pytest.skip("set L2M_SONGS to a folder of songs, song_001/audio.mp3")
     model = transformers.EncodecModel.from_pretrained(resolve("solfege")[1]).eval()
     for path in sorted(Path(os.environ["L2M_SONGS"]).glob("*/audio.*"))[:2]:
-        samples = read_audio(path, 24_000)[40 * 24_000 : 52 * 24_000 + 123]
+        samples = read_audio(path, 24_000)[40 * 24_000 : 50 * 24_000 + 123]
         print(path.parent.name)
         torch_parity(solfege, model, samples)
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("samples", [*range(1, 18), 24, 47, 48, 49, 55, 56, 57, 401])
+@pytest.mark.parametrize("samples", [*range(1, 18), 24, 48, 49, 55, 56, 57, 401])
 def test_transformers_agrees_on_the_shortest_sounds(small, samples):
     """Where the signal is shorter than the padding, the published model puts zeros before it reflects."""
     transformers = pytest.importorskip("transformers")
