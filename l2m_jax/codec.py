@@ -19,6 +19,10 @@ from l2m_jax.config import UserError
 from l2m_jax.encodec import Encodec, EncodecConfig, State
 
 
+CHUNK = 768  # frames at a time: 10 s of sound
+SHORTEST = 96  # frames of the smallest shape that is compiled
+
+
 @dataclasses.dataclass(frozen=True)
 class Codec:
     """A loaded codec."""
@@ -56,22 +60,22 @@ class Codec:
         return self.config.codebook_size
 
 
-def encode(codec: Codec, samples: Float[np.ndarray, " T"], chunk: int = 750) -> Int[np.ndarray, "F K"]:
+def encode(codec: Codec, samples: Float[np.ndarray, " T"], chunk: int = CHUNK) -> Int[np.ndarray, "F K"]:
     """Codes, int32, of a mono signal at the codec's rate; F = ceil(T / hop). `chunk` frames are in memory at once."""
     state = State.first(codec.module.encoder, 1)
     codes = [np.zeros((0, codec.codebooks), np.int32)]
-    for piece, valid in _chunks(np.asarray(samples, np.float32), chunk * codec.hop):
+    for piece, valid in _chunks(np.asarray(samples, np.float32), chunk, codec.hop):
         found, state = _encode_chunk(codec.module, piece[None], np.int32(valid), state)
         codes.append(np.asarray(found[0, : -(-valid // codec.hop)]))
     return np.concatenate(codes)
 
 
-def decode(codec: Codec, codes: Int[np.ndarray, "F K"], chunk: int = 750) -> Float[np.ndarray, " T"]:
+def decode(codec: Codec, codes: Int[np.ndarray, "F K"], chunk: int = CHUNK) -> Float[np.ndarray, " T"]:
     """Samples in about [-1, 1] at the codec's rate; T = F x hop. `chunk` frames are in memory at once."""
     _check(codec, codes)
     state = decoder_state(codec)
     samples = [np.zeros(0, np.float32)]
-    for piece, valid in _chunks(np.asarray(codes, np.int32), chunk):
+    for piece, valid in _chunks(np.asarray(codes, np.int32), chunk, 1):
         found, state = _decode_chunk(codec.module, piece[None], np.int32(valid), state)
         samples.append(np.asarray(found[0, : valid * codec.hop]))
     return np.concatenate(samples)
@@ -103,11 +107,17 @@ def _decode_chunk(module: Encodec, codes: Array, valid: Array, state: State) -> 
     return module.synthesize(codes, valid, state)
 
 
-def _chunks(array: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Pieces of one size, the last one padded with zeros, each with the length that is signal."""
-    for start in range(0, len(array), size):
-        piece = array[start : start + size]
-        padding = [(0, size - len(piece))] + [(0, 0)] * (array.ndim - 1)
+def _chunks(array: np.ndarray, frames: int, per_frame: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Pieces of `frames` frames, each with the length that is signal.
+
+    The last is padded with zeros to that size or to a half, a quarter or an eighth of it, so that a short song does not
+    pay for a long one and few shapes are compiled.
+    """
+    sizes = [frames // part * per_frame for part in (8, 4, 2) if frames % part == 0 and frames // part >= SHORTEST]
+    for start in range(0, len(array), frames * per_frame):
+        piece = array[start : start + frames * per_frame]
+        padded = next((size for size in sizes if len(piece) <= size), frames * per_frame)
+        padding = [(0, padded - len(piece))] + [(0, 0)] * (array.ndim - 1)
         yield np.pad(piece, padding), len(piece)
 
 

@@ -17,6 +17,7 @@ import io
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,7 +110,7 @@ def read_record(path: Path) -> tuple[Record, MadeWith]:
         with np.load(path) as file:
             record = Record(**{k: file[k] if k in DTYPES else str(file[k]) for k in Record._fields})
             return record, MadeWith(*json.loads(str(file["made_with"])))
-    except (OSError, KeyError, ValueError, TypeError, EOFError, io.UnsupportedOperation) as error:
+    except (OSError, KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is not a whole record ({error}); delete it and prepare again") from None
 
 
@@ -162,8 +163,9 @@ def pack(folder: Path, paths: Sequence[Path], made_with: MadeWith) -> None:
         if pieces + genre_pieces > longest["pieces"] + longest["genre_pieces"]:
             longest = {"pieces": pieces, "genre_pieces": genre_pieces, "song": r.song}
         genres.add(normalise_genre(r.genre))
-        line = {"song": r.song, "genre": r.genre, "seconds": round(float(r.seconds), 3), "frames": len(r.codes)}
-        lines.append(json.dumps(line | {"pieces": pieces, "words_timed": len(r.word_times)}, ensure_ascii=False))
+        line = {"song": r.song, "source": r.source, "genre": r.genre, "seconds": round(float(r.seconds), 3)}
+        line |= {"frames": len(r.codes), "pieces": pieces, "words_timed": len(r.word_times)}
+        lines.append(json.dumps(line, ensure_ascii=False))
     work, final, old = folder / ".packing", folder / "dataset", folder / ".old"
     shutil.rmtree(work, ignore_errors=True)
     metadata = {"made_with": made_with._asdict(), "longest": longest, "genres": sorted(genres - {""})}
@@ -178,7 +180,7 @@ def pack(folder: Path, paths: Sequence[Path], made_with: MadeWith) -> None:
         if final.exists():
             final.rename(old)
         Path(builder.data_path).rename(final)
-        manifest.replace(folder / "songs.jsonl")
+        manifest.replace(folder / "songs.jsonl")  # last: it vouches for the dataset
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error}") from None
     finally:
@@ -186,26 +188,30 @@ def pack(folder: Path, paths: Sequence[Path], made_with: MadeWith) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def read_manifest(folder: Path) -> list[dict[str, Any]]:
+    """The lines of songs.jsonl: song, source, genre, seconds, frames, pieces, words_timed of each packed song."""
+    return [json.loads(line) for line in (folder / "songs.jsonl").read_text(encoding="utf-8").split("\n") if line]
+
+
 class Dataset:
     """Random access to the records of a prepared folder."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        if not (self.folder / "dataset" / "dataset_info.json").exists():
+        if not all((self.folder / name).exists() for name in ("songs.jsonl", "dataset/dataset_info.json")):
             raise UserError(f"{folder} is not a prepared dataset; make one with: l2m prepare SONGS {folder}")
         try:
             builder = tfds.builder_from_directory(str(self.folder / "dataset"))
             self._source = builder.as_data_source(split="train")
             metadata: dict[str, Any] = dict(builder.info.metadata or {})
+            version = metadata["made_with"]["version"]
         except Exception as error:  # whatever TFDS says of a damaged folder
             raise UserError(f"{folder}: the dataset cannot be read ({error}); run l2m prepare again") from None
+        if version != VERSION:
+            raise UserError(f"{folder} was prepared in version {version}, this is {VERSION}: prepare it again")
         self.made_with = MadeWith(**metadata["made_with"])
         self.longest: dict[str, Any] = metadata["longest"]
         self.genres: list[str] = metadata["genres"]
-        if self.made_with.version != VERSION:
-            raise UserError(
-                f"{folder} was prepared in version {self.made_with.version}, this is {VERSION}: prepare it again"
-            )
 
     def __len__(self) -> int:
         return len(self._source)
@@ -216,8 +222,7 @@ class Dataset:
 
     def frames(self) -> Int[np.ndarray, " songs"]:
         """Frames of each song."""
-        lines = (self.folder / "songs.jsonl").read_text(encoding="utf-8").splitlines()
-        return np.array([json.loads(line)["frames"] for line in lines])
+        return np.array([line["frames"] for line in read_manifest(self.folder)])
 
     def check(self, model: ModelConfig) -> None:
         """UserError where the model cannot take these songs."""

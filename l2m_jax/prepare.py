@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from l2m_jax.audio import read_audio
 from l2m_jax.codec import Codec, encode
 from l2m_jax.config import UserError
-from l2m_jax.data import VERSION, Dataset, MadeWith, Record, pack, read_record, write_record
+from l2m_jax.data import VERSION, Dataset, MadeWith, Record, pack, read_manifest, read_record, write_record
 from l2m_jax.lyrics import TextEncoder, encode_genre, encode_text, parse_lyrics
 from l2m_jax.songs import BadSong, Song, scan_songs
 from l2m_jax.weights import load_codec, load_text_encoder
@@ -73,10 +73,13 @@ def signature(encoders: Encoders, codec: Codec, encoder: TextEncoder) -> MadeWit
 
 
 def source_hash(song: Song) -> str:
-    """Of every file that the record depends on."""
+    """Of every file that the record depends on. UserError where one cannot be read."""
     digest = hashlib.sha256()
     for path in (song.folder / "lyrics.txt", song.folder / "genre.txt", song.folder / "words.csv", song.audio):
-        content = path.read_bytes() if path.exists() else b""
+        try:
+            content = path.read_bytes() if path.exists() else b""
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from None
         digest.update(f"{path.name} {len(content)}\n".encode())
         digest.update(content)
     return digest.hexdigest()[:16]
@@ -125,12 +128,19 @@ def prepare(
             stale.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror}") from None
-    packed = Dataset(out) if (out / "dataset").exists() else None
+    packed = _open_packed(out)
     if packed is not None and (apart := packed.made_with.differences(made_with)):
         raise UserError(f"{out} was prepared with another origin ({'; '.join(apart)}): name another folder")
 
+    sources: dict[str, str] = {}
+    for song in songs:
+        try:
+            sources[song.id] = source_hash(song)
+        except UserError as error:
+            left_out.append(BadSong(song.id, str(error)))
+    songs = [song for song in songs if song.id in sources]
     paths = {song.id: records / f"{song.id}.npz" for song in songs}
-    missing = [song for song in songs if not _is_done(paths[song.id], song, made_with)]
+    missing = [song for song in songs if not _is_done(paths[song.id], sources[song.id], made_with)]
     if len(missing) < len(songs):
         console.print(f"{len(songs) - len(missing)} of {len(songs)} songs are prepared already", highlight=False)
     progress = Progress(
@@ -153,7 +163,8 @@ def prepare(
             if bad is not None:
                 left_out.append(bad)
 
-    kept = [paths[s.id] for s in songs if s.id not in {b.id for b in left_out}]
+    bad_ids = {bad.id for bad in left_out}
+    kept = [song.id for song in songs if song.id not in bad_ids]
     report = {
         "songs": len(kept),
         "left_out": [b.__dict__ for b in left_out],
@@ -166,10 +177,18 @@ def prepare(
     if not kept:
         reasons = "; ".join(f"{b.id}: {b.reason}" for b in left_out[:5])
         raise UserError(f"{folder}: not one song could be prepared ({reasons})")
-    if missing or packed is None or len(packed) != len(kept):
-        _check_room(out, kept)
-        pack(out, kept, made_with)
-    return Prepared(len(kept), len(missing), left_out, warnings)
+    if packed is None or [(x["song"], x["source"]) for x in read_manifest(out)] != [(i, sources[i]) for i in kept]:
+        _check_room(out, [paths[i] for i in kept])
+        pack(out, [paths[i] for i in kept], made_with)
+    return Prepared(len(kept), sum(song.id not in bad_ids for song in missing), left_out, warnings)
+
+
+def _open_packed(out: Path) -> Dataset | None:
+    """The dataset of a preparation before; None where there is none, or one that must be packed again."""
+    try:
+        return Dataset(out)
+    except UserError:
+        return None
 
 
 def _check_room(out: Path, records: list[Path]) -> None:
@@ -179,14 +198,12 @@ def _check_room(out: Path, records: list[Path]) -> None:
         raise UserError(f"{out}: packing needs {needed / 2**20:.0f} MiB, the disk has {free / 2**20:.0f} MiB free")
 
 
-def _is_done(path: Path, song: Song, made_with: MadeWith) -> bool:
-    if not path.exists():
-        return False
+def _is_done(path: Path, source: str, made_with: MadeWith) -> bool:
     try:
         record, theirs = read_record(path)
     except UserError:
         return False
-    return not theirs.differences(made_with) and record.source == source_hash(song)
+    return not theirs.differences(made_with) and record.source == source
 
 
 def _work(

@@ -22,6 +22,8 @@ from l2m_jax.config import UserError
 from l2m_jax.lyrics import parse_lyrics
 
 AUDIO = (".mp3", ".flac", ".ogg", ".wav")
+LONGEST_NAME = 200
+"""Bytes of a folder's name; file systems allow 255, and the prepared record's name is a little longer."""
 COLUMNS = "word_start,word_end,line_end"
 
 
@@ -78,7 +80,8 @@ def read_song(folder: str | Path) -> Song:
     """The song in `folder`. Raises UserError with the one rule that it breaks first."""
     folder = Path(folder)
     try:
-        folder.name.encode()
+        if len(folder.name.encode()) > LONGEST_NAME:
+            raise UserError(f"the folder's name is longer than {LONGEST_NAME} bytes; rename it")
         paths = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
     except UnicodeEncodeError:
         raise UserError("the folder's name is not UTF-8; rename it") from None

@@ -38,8 +38,8 @@ class Place(NamedTuple):
 
 
 def padded_length(positions: int) -> int:
-    """`positions` rounded up to what attention kernels divide: 1,024, or 128 for windows below 1,024."""
-    return _round_up(positions, 1024 if positions > 1024 else 128)
+    """`positions` rounded up to what attention kernels divide: 1,024, or 64 for windows below 1,024."""
+    return _round_up(positions, 1024 if positions > 1024 else 64)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -114,7 +114,7 @@ def make_step(config: Config, layout: Layout, shard_positions: Callable[[Array],
         else:
             (gradient, totals), _ = jax.lax.scan(micro, zero, parts)
         updates, new = rules.update(gradient, state.optimizer, state.model)
-        metrics = {"loss": totals.nats.sum() / totals.codes.sum(), "grad_norm": optax.global_norm(gradient)}
+        metrics = {"loss": totals.nats.sum() / totals.codes.sum(), "grad_norm": optax.tree.norm(gradient)}
         if layout.streams > 1:
             for j in range(layout.streams):
                 metrics[f"loss_{j}"] = totals.nats[j] / totals.codes[j]

@@ -119,11 +119,14 @@ def test_chunks_of_the_shipped_codec_give_the_whole(solfege):
 
 
 def test_any_length_compiles_once(small):
-    """One shape of chunk, whatever the song's length."""
+    """One shape of chunk, whatever the song's length; with chunks long enough to be halved, one for each halving."""
     before = _encode_chunk._cache_size(), _decode_chunk._cache_size()
     for samples in (3, 111, 999):
         decode(small, encode(small, SOUND[:samples], 33), 33)
     assert (_encode_chunk._cache_size(), _decode_chunk._cache_size()) == (before[0] + 1, before[1] + 1)
+    for frames in range(1, 400, 19):
+        decode(small, encode(small, SOUND[: frames * small.hop], 192), 192)
+    assert (_encode_chunk._cache_size(), _decode_chunk._cache_size()) == (before[0] + 3, before[1] + 3)
 
 
 def test_stream_is_the_whole(small):

@@ -1,0 +1,104 @@
+"""Pictures of songs, for people who would rather look than read. After `generate`; matplotlib is imported when used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from scipy.signal import ShortTimeFFT
+
+from l2m_jax.audio import read_audio
+from l2m_jax.config import UserError
+
+
+class Label(NamedTuple):
+    """A word under the spectrogram, from `start` to `end` in seconds."""
+
+    text: str
+    start: float
+    end: float
+
+
+def draw_song(
+    path: Path,
+    samples: Float[np.ndarray, " T"],
+    rate: int,
+    lyrics: str,
+    rows: dict[str, Sequence[Label]] | None = None,
+    title: str = "",
+) -> None:
+    """Waveform, spectrogram, rows of labels at their times, and the lyrics under it, as a PNG."""
+    plt = _pyplot()
+    rows = rows or {}
+    seconds = len(samples) / rate
+    heights = [1, 3, *(0.35 for _ in rows)]
+    figure, axes = plt.subplots(
+        len(heights), 1, figsize=(11, 1.5 * sum(heights) / 1.2), height_ratios=heights, sharex=True, squeeze=False
+    )
+    wave, spectrum, *labels = axes[:, 0]
+    wave.plot(np.arange(len(samples)) / rate, samples, linewidth=0.4, color="#245a8d")
+    wave.set(ylim=(-1, 1), yticks=[], title=title)
+    _spectrogram(spectrum, samples, rate)
+    for axis, (name, words) in zip(labels, rows.items()):
+        axis.set(ylim=(0, 1), yticks=[], ylabel="")
+        axis.text(-0.01, 0.5, name, transform=axis.transAxes, ha="right", va="center", fontsize=9)
+        for word in words:
+            axis.axvspan(word.start, word.end, color="#d5e5f5")
+            axis.text((word.start + word.end) / 2, 0.5, word.text, ha="center", va="center", fontsize=9, clip_on=True)
+    axes[-1, 0].set(xlim=(0, max(seconds, 0.01)), xlabel="seconds")
+    lines = [line for line in lyrics.splitlines() if line.strip()]
+    shown = lines if len(lines) <= 12 else [*lines[:11], f"... {len(lines) - 11} more lines"]
+    figure.text(0.5, -0.01, "\n".join(shown), ha="center", va="top", fontsize=10)
+    _save(plt, figure, path)
+
+
+def draw_spectrograms(path: Path, sounds: dict[str, Float[np.ndarray, " T"]], rate: int) -> None:
+    """Spectrograms one above the other, to compare them by eye."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(len(sounds), 1, figsize=(11, 2.6 * len(sounds)), sharex=True, squeeze=False)
+    for axis, (name, samples) in zip(axes[:, 0], sounds.items()):
+        _spectrogram(axis, samples, rate)
+        axis.set_title(name, fontsize=10)
+    axes[-1, 0].set_xlabel("seconds")
+    _save(plt, figure, path)
+
+
+def draw_file(song: Path, lyrics: str) -> None:
+    """song.png beside song.wav."""
+    draw_song(song.with_suffix(".png"), read_audio(song, 24_000), 24_000, lyrics, title=song.name)
+
+
+def _spectrogram(axis: Any, samples: np.ndarray, rate: int) -> None:
+    """Decibels from 80 Hz to 8 kHz, logarithmic, as melodies are."""
+    window = 2048
+    padded = np.pad(samples, (0, max(window - len(samples), 0)))
+    transform = ShortTimeFFT(np.hanning(window), hop=240, fs=rate, mfft=2 * window)
+    power = transform.spectrogram(padded.astype(np.float64))
+    level = 10 * np.log10(power + 1e-10)
+    times = np.arange(level.shape[1]) * 240 / rate + transform.p_min * 240 / rate
+    kept = transform.f >= 80
+    axis.pcolormesh(
+        times, transform.f[kept], level[kept], vmin=level.max() - 70, vmax=level.max(), cmap="magma", shading="nearest"
+    )
+    axis.set(yscale="log", ylim=(80, 8000), xlim=(0, len(samples) / rate), ylabel="Hz")
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(plt: Any, figure: Any, path: Path) -> None:
+    try:
+        figure.savefig(path, dpi=110, bbox_inches="tight")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+    finally:
+        plt.close(figure)
