@@ -1,4 +1,4 @@
-"""tiny: for tests and for trying the line out. About 0.6 M parameters, 4 s of sound, seconds a run on a CPU."""
+"""tiny: for tests and for trying the line out. About 0.48 M parameters, 4 s of sound, seconds a run on a CPU."""
 
 from l2m_jax.config import Config, ModelConfig, TrainConfig
 

@@ -14,9 +14,12 @@ PARTS = 8  # stretches of queries that see only the keys up to their own end: 9/
 
 
 def attend(
-    q: Float[Array, "B N Q H"], k: Float[Array, "B N C H"], v: Float[Array, "B N C H"], seen: Bool[Array, "#B 1 #Q C"]
+    q: Float[Array, "B N Q H"],
+    k: Float[Array, "B N C H"],
+    v: Float[Array, "B N C H"],
+    seen: Bool[Array, "#B 1 #Q C"],
 ) -> Float[Array, "B N Q H"]:
-    """softmax(q k^T / sqrt(H)) v over the keys that are `seen`; scores and softmax in float32 (Vaswani et al., 2017)."""
+    """softmax(q k^T / sqrt(H)) v over the keys `seen`, scores and softmax in float32 (Vaswani et al., 2017)."""
     scores = jnp.einsum("bnqh,bnch->bnqc", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
     return jnp.einsum("bnqc,bnch->bnqh", weights.astype(v.dtype), v)
@@ -56,6 +59,6 @@ def _causal_blocks(q: Array, k: Array, v: Array, start: int, size: int) -> Array
 def cached_attention(
     q: Float[Array, "B N Q H"], k: Float[Array, "B N C H"], v: Float[Array, "B N C H"], at: Int[Array, ""]
 ) -> Float[Array, "B N Q H"]:
-    """Queries at positions at, at + 1, ... attend to the cache up to themselves; what lies behind is not yet written."""
+    """Queries of positions at, at + 1, ... attend to the cache up to themselves; the rest is not yet written."""
     queries = at + jnp.arange(q.shape[2])
     return attend(q, k, v, (jnp.arange(k.shape[2]) <= queries[:, None])[None, None])

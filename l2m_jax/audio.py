@@ -75,6 +75,7 @@ def write_atomic(path: str | Path, content: bytes) -> None:
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(content)
         os.replace(part, path)
     except OSError as error:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import orbax.checkpoint
+import tensorstore
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
+from l2m_jax.audio import write_atomic
 from l2m_jax.config import Config, UserError, from_json, to_json
 from l2m_jax.data import MadeWith
 from l2m_jax.model import SoundTransformer
@@ -34,13 +34,7 @@ def write_run(run: Path, info: RunInfo) -> None:
     """Makes the run folder and its config.json."""
     content = {"l2m_jax": "run", "config": to_json(info.config), "made_with": info.made_with._asdict()}
     content["genres"] = info.genres
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        temporary = run / ".config.json"
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, run / "config.json")
-    except OSError as error:
-        raise UserError(f"{run} cannot be written: {error.strerror}") from None
+    write_atomic(run / "config.json", (json.dumps(content, indent=2) + "\n").encode())
 
 
 def read_run(run: Path) -> RunInfo:
@@ -59,22 +53,39 @@ def read_run(run: Path) -> RunInfo:
 
 def open_checkpoints(run: Path, keep: int) -> ocp.training.Checkpointer:
     """The run's checkpoints; the newest `keep` are kept. Close it when done: saving is asynchronous."""
+    # Any: the policies do not name their arguments as Orbax's own protocols do.
+    every: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)  # the trainer decides
+    newest: Any = ocp.training.preservation_policies.LatestN(keep)
     return ocp.training.Checkpointer(
-        (run / "checkpoints").resolve(),
-        save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # the trainer decides
-        preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+        str((run / "checkpoints").resolve()),
+        save_decision_policy=every,
+        preservation_policy=newest,
         cleanup_tmp_directories=True,
     )
 
 
-def restore(checkpoints: ocp.training.Checkpointer, step: int, shapes: dict[str, Any], shardings: dict[str, Any]) -> Any:
+def restore(run: Path, step: int, shapes: dict[str, Any], shardings: dict[str, Any]) -> dict[str, Any]:
     """The named parts (`model`, `optimizer`) of a checkpoint, placed on devices as `shardings` say."""
+    folder = (run / "checkpoints" / str(step)).resolve()
     like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     try:
-        return checkpoints.load_checkpointables(step, like)
-    except (ValueError, OSError, KeyError, orbax.checkpoint.v1.errors.InvalidLayoutError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{checkpoints.directory}/{step} cannot be loaded ({reason}); delete it to use the one before")
+        for part, wanted in shapes.items():
+            _check_stored(folder / part, wanted)
+        return ocp.load_checkpointables(str(folder), like)
+    except Exception as error:  # Orbax raises all kinds, bare Exception among them
+        raise UserError(f"{folder} is damaged or of another model; delete it to use the checkpoint before") from error
+
+
+def _check_stored(part: Path, wanted: Any) -> None:
+    """Touches the last byte of every array and compares the shapes: Orbax would do so with pages of tracebacks."""
+    base = {"driver": "file", "path": f"{part}/"}
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+    keys = store.list().result()
+    if any(store.read(key, byte_range=slice(-1, None)).result().state != "value" for key in keys):
+        raise ValueError(f"{part} lacks arrays")
+    stored = [tuple(json.loads(store[key])["shape"]) for key in keys if key.endswith(b"/zarr.json")]
+    if sorted(stored) != sorted(leaf.shape for leaf in jax.tree.leaves(wanted)):
+        raise ValueError(f"{part} has arrays of other shapes")
 
 
 def load_model(run: Path, step: int | None = None) -> tuple[SoundTransformer, RunInfo, int]:
@@ -89,9 +100,8 @@ def load_model(run: Path, step: int | None = None) -> tuple[SoundTransformer, Ru
     chosen = steps[-1] if step is None else step
     shapes = jax.eval_shape(lambda: SoundTransformer(info.config.model, rngs=nnx.Rngs(0)))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    with open_checkpoints(run, info.config.train.keep) as checkpoints:
-        model = restore(checkpoints, chosen, {"model": shapes}, {"model": jax.tree.map(lambda _: device, shapes)})
-    return model["model"], info, chosen
+    parts = restore(run, chosen, {"model": shapes}, {"model": jax.tree.map(lambda _: device, shapes)})
+    return parts["model"], info, chosen
 
 
 def differences(old: Config, new: Config) -> list[str]:

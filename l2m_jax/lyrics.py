@@ -137,6 +137,8 @@ def parse_lyrics(text: str, where: str = "lyrics") -> Lyrics:
     section "none". Words are what white space divides, after NFC normalisation. Raises UserError where there are
     neither words nor tags.
     """
+    if not _is_unicode(text):
+        raise UserError(f"{where}: not UTF-8; type them in a UTF-8 terminal")
     words, lines, sections, empty_tags, warnings = [], [], [], [], []
     open_tag = None  # (words before it, section) of the latest tag, as long as no word follows.
     section = 0
@@ -162,7 +164,7 @@ def parse_lyrics(text: str, where: str = "lyrics") -> Lyrics:
 
 def normalise_genre(genre: str) -> str:
     """Genre in one spelling: NFC, case folded, white space trimmed and collapsed. UserError where it is not Unicode."""
-    if any("\ud800" <= letter <= "\udfff" for letter in genre):
+    if not _is_unicode(genre):
         raise UserError(f"genre {genre!r} is not UTF-8; type it in a UTF-8 terminal")
     return " ".join(unicodedata.normalize("NFC", genre).casefold().split())
 
@@ -202,6 +204,11 @@ def encode_genre(encoder: TextEncoder, genre: str) -> Float[np.ndarray, "G E"]:
     """States of the genre, which is free text; none, [0, E], for an empty one."""
     encoding = encoder.tokenizer.encode(normalise_genre(genre), add_special_tokens=False)
     return _encode_ids(encoder, np.array(encoding.ids, np.int32))
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether there are no lone surrogates, which stand for what a terminal could not decode."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _wordpiece(folder: Path) -> Tokenizer:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from l2m_jax.attention import attend, cached_attention, causal_attention
 from l2m_jax.config import ModelConfig
 from l2m_jax.lyrics import SECTIONS
-from l2m_jax.tokens import Place, make_layout
+from l2m_jax.tokens import AnyArray, Place, make_layout
 
 GENRE, LYRIC = 0, 1
 KINDS = 2
@@ -28,10 +28,10 @@ KINDS = 2
 class Prompt(NamedTuple):
     """Genre and lyrics of each song as text states, padded to the memory length. Rows of kind -1 are padding."""
 
-    states: Float[Array, "B S E"]
-    kind: Int[Array, "B S"]
-    section: Int[Array, "B S"]
-    position: Int[Array, "B S"]
+    states: Float[AnyArray, "B S E"]
+    kind: Int[AnyArray, "B S"]
+    section: Int[AnyArray, "B S"]
+    position: Int[AnyArray, "B S"]
 
 
 class Memory(NamedTuple):
@@ -140,10 +140,10 @@ class SoundTransformer(nnx.Module):
 
     def memory(self, prompt: Prompt, keep: Bool[Array, "B kinds"]) -> Memory:
         """Memory of each song. A kind that is not kept, or that has no rows, is its learned null row instead."""
-        x = self.project(prompt.states.astype(self.dtype))
+        x = self.project(jnp.asarray(prompt.states, self.dtype))
         kind = jnp.maximum(prompt.kind, 0)
         x = x + self.kind_embedding[kind].astype(self.dtype) + self.section_embedding[prompt.section].astype(self.dtype)
-        x = x + sinusoids(prompt.position, x.shape[-1]).astype(self.dtype)
+        x = x + sinusoids(jnp.asarray(prompt.position), x.shape[-1]).astype(self.dtype)
         seen = (prompt.kind >= 0) & jnp.take_along_axis(keep, kind, axis=1)
         null = jnp.broadcast_to(self.null_embedding[...].astype(self.dtype), (len(x), KINDS, x.shape[-1]))
         absent = jnp.stack([~(seen & (kind == k)).any(-1) for k in range(KINDS)], axis=-1)

@@ -13,12 +13,13 @@ from l2m_jax.sharding import path_name
 
 def schedule(config: TrainConfig) -> optax.Schedule:
     """Linear warm-up to lr_max, then cosine to lr_min at the last step."""
-    warmup = min(config.warmup, config.steps - 1)
+    last = max(config.steps - 1, 1)  # steps count from 0
+    warmup = min(config.warmup, last - 1)
     return optax.warmup_cosine_decay_schedule(
         init_value=config.lr_max / (warmup + 1),  # not 0: the first step should move
         peak_value=config.lr_max,
         warmup_steps=warmup,
-        decay_steps=max(config.steps, 1),
+        decay_steps=last,
         end_value=config.lr_min,
     )
 

@@ -20,13 +20,13 @@ from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from l2m_jax.audio import read_audio
+from l2m_jax.audio import read_audio, write_atomic
 from l2m_jax.codec import Codec, encode
 from l2m_jax.config import UserError
 from l2m_jax.data import VERSION, Dataset, MadeWith, Record, pack, read_manifest, read_record, write_record
 from l2m_jax.lyrics import TextEncoder, encode_genre, encode_text, parse_lyrics
+from l2m_jax.progress import Bar
 from l2m_jax.songs import BadSong, Song, scan_songs
 from l2m_jax.weights import load_codec, load_text_encoder
 
@@ -95,7 +95,7 @@ def make_record(song: Song, codec: Codec, encoder: TextEncoder) -> Record:
         lyrics=song.lyrics,
         genre=song.genre,
         source=source_hash(song),
-        seconds=np.float32(len(samples) / codec.rate),
+        seconds=np.asarray(len(samples) / codec.rate, np.float32),
         codes=encode(codec, samples),
         lyric_states=text.states,
         genre_states=encode_genre(encoder, song.genre),
@@ -143,23 +143,13 @@ def prepare(
     missing = [song for song in songs if not _is_done(paths[song.id], sources[song.id], made_with)]
     if len(missing) < len(songs):
         console.print(f"{len(songs) - len(missing)} of {len(songs)} songs are prepared already", highlight=False)
-    progress = Progress(
-        TextColumn("preparing songs"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-    )
-    with progress:
-        task = progress.add_task("", total=len(missing))
+    with Bar(console, "preparing songs", len(missing), "songs") as bar:
         if workers == 1 or len(missing) < 2:
             results = (_work(s, paths[s.id], codec, encoder, made_with) for s in missing)
         else:
             results = _work_in_processes(missing, paths, encoders, made_with, workers)
-        for bad in results:
-            progress.advance(task)
+        for done, bad in enumerate(results, 1):
+            bar.update(done)
             if bad is not None:
                 left_out.append(bad)
 
@@ -170,10 +160,7 @@ def prepare(
         "left_out": [b.__dict__ for b in left_out],
         "warnings": warnings,
     }
-    try:
-        (out / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror}") from None
+    write_atomic(out / "report.json", (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
     if not kept:
         reasons = "; ".join(f"{b.id}: {b.reason}" for b in left_out[:5])
         raise UserError(f"{folder}: not one song could be prepared ({reasons})")
@@ -206,9 +193,7 @@ def _is_done(path: Path, source: str, made_with: MadeWith) -> bool:
     return not theirs.differences(made_with) and record.source == source
 
 
-def _work(
-    song: Song, path: Path, codec: Codec, encoder: TextEncoder, made_with: MadeWith
-) -> BadSong | None:
+def _work(song: Song, path: Path, codec: Codec, encoder: TextEncoder, made_with: MadeWith) -> BadSong | None:
     try:
         record = make_record(song, codec, encoder)
     except UserError as error:

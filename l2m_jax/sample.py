@@ -6,6 +6,7 @@ nor sound. The cache starts small and grows through a few sizes, so that the fir
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -111,8 +112,7 @@ def _segment(
     songs, count = state.heard.shape[0], len(variants(rule))
 
     def unfinished(state: SampleState) -> Array:
-        lengths = jax.vmap(layout.length)(state.end)
-        return (state.position < stop) & (state.position < lengths).any()
+        return (state.position < stop) & (state.position < layout.length(state.end)).any()
 
     def step(state: SampleState) -> SampleState:
         place = layout.place(state.position[None])
@@ -138,7 +138,7 @@ def _segment(
     return jax.lax.while_loop(unfinished, step, state)
 
 
-@functools.partial(jax.jit, static_argnames=("size",), donate_argnames=("cache",))
+@functools.partial(jax.jit, static_argnames=("size",))
 def _grow(cache: tuple[KeysValues, ...], size: int) -> tuple[KeysValues, ...]:
     return jax.tree.map(lambda c: jnp.pad(c, ((0, 0), (0, 0), (0, size - c.shape[2]), (0, 0))), cache)
 
@@ -197,17 +197,12 @@ def finished(state: SampleState, layout: Layout, frames: int) -> list[Song]:
     """The songs of the last state."""
     said, end, logprob = (np.asarray(x) for x in (state.said, state.end, state.logprob))
     lengths = np.minimum(end, frames)
-    return [
-        Song(layout.decode(ids, int(n)), bool(n < frames), float(p)) for ids, n, p in zip(said, lengths, logprob)
-    ]
+    return [Song(layout.decode(ids, int(n)), bool(n < frames), float(p)) for ids, n, p in zip(said, lengths, logprob)]
 
 
 def sample_codes(
     model: SoundTransformer, layout: Layout, prompt: Prompt, rule: SampleConfig, seeds: list[int], frames: int
 ) -> list[Song]:
     """The songs of the prompts, to their ends or to `frames`."""
-    state = None
-    for state in sample_states(model, layout, prompt, rule, seeds, frames):
-        pass
-    assert state is not None  # frames > 0, so there is at least one segment
-    return finished(state, layout, frames)
+    last = collections.deque(sample_states(model, layout, prompt, rule, seeds, frames), maxlen=1).pop()
+    return finished(last, layout, frames)

@@ -50,7 +50,7 @@ class Style:
 GENRES = {
     "march": Style(beat=0.26, tilt=1.5, vibrato=12),
     "waltz": Style(beat=0.30, tilt=1.7, vibrato=18),
-    "ballad": Style(beat=0.35, tilt=2.0, vibrato=25),
+    "ballad": Style(beat=0.33, tilt=2.0, vibrato=25),
     "techno": Style(beat=0.21, tilt=1.3, vibrato=5),
 }
 

@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from l2m_jax.config import ModelConfig, UserError
+
+Count = TypeVar("Count", int, Array)
+AnyArray = Array | np.ndarray  # on the host or on a device
 
 
 class Tokens(NamedTuple):
@@ -86,7 +89,7 @@ class _Layout(abc.ABC):
         return padded_length(self.length(self.frames))
 
     @abc.abstractmethod
-    def length(self, frames: int) -> int:
+    def length(self, frames: Count) -> Count:
         """Target positions of a song of `frames` frames, its end included."""
 
     @abc.abstractmethod
@@ -94,7 +97,7 @@ class _Layout(abc.ABC):
         """Targets [length, J] of the codes [F, K]."""
 
     def encode(self, codes: Int[np.ndarray, "F K"]) -> Tokens:
-        """Inputs and targets of a song: its first frames where it is longer than the window, and then without an end."""
+        """Inputs and targets of a song; of one longer than the window its first frames, and then without an end."""
         if codes.ndim != 2 or codes.shape[1] != self.codebooks:
             raise UserError(f"codes of shape {codes.shape} where [frames, {self.codebooks} codebooks] are needed")
         inside = codes[: self.frames]
@@ -116,7 +119,7 @@ class Flatten(_Layout):
         """J = 1."""
         return 1
 
-    def length(self, frames: int) -> int:
+    def length(self, frames: Count) -> Count:
         """F K codes and END."""
         return frames * self.codebooks + 1
 
@@ -164,7 +167,7 @@ class Delay(_Layout):
         """J = K."""
         return self.codebooks
 
-    def length(self, frames: int) -> int:
+    def length(self, frames: Count) -> Count:
         """F frames, END in stream 0 while the others drain."""
         return frames + max(self.codebooks - 1, 1)
 

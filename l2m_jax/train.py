@@ -33,13 +33,13 @@ from l2m_jax.model import KINDS, Prompt, SoundTransformer
 from l2m_jax.optim import optimizer, schedule
 from l2m_jax.sample import sample_codes
 from l2m_jax.sharding import batch_sharding, check_divides, make_mesh, position_sharding, state_shardings
-from l2m_jax.tokens import Layout, make_layout
+from l2m_jax.tokens import AnyArray, Layout, make_layout
 
 
 class TrainState(NamedTuple):
     """What a step takes and gives."""
 
-    model: SoundTransformer
+    model: Any  # SoundTransformer; to optax and Orbax it is a pytree like any other
     optimizer: Any
 
 
@@ -50,7 +50,9 @@ class Totals(NamedTuple):
     codes: Int[Array, " J"]
 
 
-def keep_conditions(key: Key[Array, ""], step: Array, rows: Int[Array, " B"], config: TrainConfig) -> Bool[Array, "B 2"]:
+def keep_conditions(
+    key: Key[Array, ""], step: Array, rows: Int[Array, " B"], config: TrainConfig
+) -> Bool[Array, "B 2"]:
     """Condition dropout: which of (genre, lyrics) each song keeps, one draw a song, a function of (seed, step, row)."""
     no_lyrics, no_genre, neither = config.dropout
     draws = jax.vmap(lambda row: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, step), row)))(rows)
@@ -83,7 +85,9 @@ def losses(
     return jax.lax.scan(add, zero, (split(hidden), split(targets)))[0]
 
 
-def make_step(config: Config, layout: Layout, shard_positions: Callable[[Array], Array] = lambda x: x) -> Callable:
+def make_step(
+    config: Config, layout: Layout, shard_positions: Callable[[AnyArray], AnyArray] = lambda x: x
+) -> Callable:
     """The train step: (state, step, batch) -> (state, metrics). Gradients of the micro-batches are summed over the
     global count of codes, so that accumulation does not change the loss. `shard_positions` constrains [B, T, ...].
     """
@@ -106,9 +110,7 @@ def make_step(config: Config, layout: Layout, shard_positions: Callable[[Array],
         (_, totals), gradient = jax.eval_shape(jax.value_and_grad(loss, has_aux=True), state.model, batch, keep)
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (gradient, totals))
         # Rows of a micro-batch are strided, so that each stays spread over all devices.
-        parts = jax.tree.map(
-            lambda x: jnp.swapaxes(x.reshape(-1, train.accumulate, *x.shape[1:]), 0, 1), (batch, keep)
-        )
+        parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, train.accumulate, *x.shape[1:]), 0, 1), (batch, keep))
         if train.accumulate == 1:
             (gradient, totals), _ = micro(zero, (batch, keep))
         else:
@@ -143,14 +145,14 @@ def train(
             songs.check(config.model)
     if valid is not None and (apart := valid.made_with.differences(dataset.made_with)):
         raise UserError(f"{valid.folder} and {dataset.folder} were prepared differently ({'; '.join(apart)})")
-    prepare_run(run, RunInfo(config, dataset.made_with, dataset.genres), console)
     layout, mesh = make_layout(config.model), make_mesh(config.mesh)
     micro = config.train.batch // config.train.accumulate
     check_divides(mesh, micro, config.model.heads, config.model.width, layout.positions)
+    prepare_run(run, RunInfo(config, dataset.made_with, dataset.genres), console)
     report_cut(dataset, config, console)
 
     def init() -> TrainState:
-        model = SoundTransformer(config.model, rngs=nnx.Rngs(config.train.seed))
+        model: Any = SoundTransformer(config.model, rngs=nnx.Rngs(config.train.seed))
         return TrainState(model, optimizer(config.train).init(model))
 
     with jax.set_mesh(mesh):
@@ -169,7 +171,7 @@ def train(
         if latest is None:
             state, first = jax.jit(init, out_shardings=shardings)(), 0
         else:
-            state = TrainState(**restore(checkpoints, latest.step, shapes._asdict(), shardings._asdict()))
+            state = TrainState(**restore(run, latest.step, shapes._asdict(), shardings._asdict()))
             first = latest.step
             console.print(f"{run}: going on from step {first} of {config.train.steps}", highlight=False)
         parameters = sum(x.size for x in jax.tree.leaves(state.model))
@@ -191,15 +193,18 @@ def train(
                 state, metrics = step_function(state, jnp.array(step), placed)
                 if pending is not None:  # one step late, so that reading it does not hold up the next step
                     began = _report(log, *pending, began)
-                pending = (step, metrics, codes, float(rates(step)))
+                pending = (step, metrics, codes, float(jnp.asarray(rates(step))))
                 done = step + 1
                 if evaluate is not None and (done % config.train.valid_every == 0 or done == config.train.steps):
                     pending[1]["valid_loss"] = evaluate(state.model)
                 if codec is not None and config.train.sample_every and done % config.train.sample_every == 0:
                     _sample(run, log, done, state.model, dataset, config, layout, codec)
-                if done % config.train.checkpoint_every == 0 or done == config.train.steps or stopped.by:
+                stop = stopped.by
+                if done % config.train.checkpoint_every == 0 or done == config.train.steps or stop:
+                    began = _report(log, *pending, began)  # first: a state that is not finite is not kept
+                    pending = None
                     checkpoints.save_checkpointables_async(done, state._asdict())
-                if stopped.by:
+                if stop:
                     break
             if pending is not None:
                 _report(log, *pending, began)
@@ -208,7 +213,7 @@ def train(
             checkpoints.close()  # waits for what is being saved
             log.close()
             stopped.restore()
-    if stopped.by:
+    if step + 1 < config.train.steps:
         console.print(f"{run}: stopped by {stopped.by} after step {step + 1}; the same command goes on from there")
         return False
     return True
@@ -223,8 +228,8 @@ def prepare_run(run: Path, info: RunInfo, console: Console) -> None:
     old = read_run(run)
     if apart := old.made_with.differences(info.made_with):
         raise UserError(
-            f"{run} was trained on songs prepared differently ({'; '.join(apart)}): prepare these the same way, or name "
-            "another --run"
+            f"{run} was trained on songs prepared differently ({'; '.join(apart)}): "
+            "prepare these the same way, or name another --run"
         )
     changed = differences(old.config, info.config)
     free = ("train.log_every", "train.checkpoint_every", "train.keep", "train.valid_every", "train.sample", "mesh.")
@@ -246,7 +251,7 @@ def report_cut(dataset: Dataset, config: Config, console: Console) -> None:
     if cut.any():
         console.print(
             f"note: {np.count_nonzero(cut)} of {len(frames)} songs are longer than the window of {config.model.frames} "
-            f"frames; {100 * cut.sum() / frames.sum():.1f} % of all frames are not trained on (they stay in the dataset)",
+            f"frames; {100 * cut.sum() / frames.sum():.1f} % of all frames are not trained on (the dataset has them)",
             highlight=False,
         )
 
@@ -275,8 +280,9 @@ def _report(log: Log, step: int, metrics: dict[str, Any], codes: int, lr: float,
     values = {"loss": float(metrics["loss"])} | {name: float(value) for name, value in metrics.items()}
     now = time.perf_counter()
     log.metrics(step, values | {"lr": lr, "codes_per_s": codes / (now - began)})
-    if not math.isfinite(values["loss"]):
-        raise UserError(f"the loss of step {step} is {values['loss']}; lower train.lr_max or lengthen train.warmup")
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(values[name]):
+            raise UserError(f"{name} of step {step} is {values[name]}; lower train.lr_max or lengthen train.warmup")
     return now
 
 

@@ -4,7 +4,8 @@
 
 Two excerpts (10 s, 1,500 codes each) of two songs of a dataset folder, each with the words that are sung in it, are
 learnt until greedy generation from each one's own lyrics gives back its codes. Then the lyrics are swapped: they must
-give back the other song; no genre is given, so that nothing but the words tells the songs apart. Writes OUT/overfit.json, the sung WAVs, the codec's own WAVs beside them, and spectrograms.
+give back the other song. No genre is given, so that nothing but the words tells the songs apart. Writes
+OUT/overfit_LAYOUT.json, the sung WAVs, the codec's own WAVs beside them, and spectrograms.
 Stopped, it goes on from its last checkpoint.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tyro
@@ -46,9 +48,9 @@ class Overfit:
     """Where each excerpt starts, in seconds."""
     seconds: float = 10.0
     """Length of an excerpt."""
-    layout: str = "flatten"
+    layout: Literal["flatten", "delay"] = "flatten"
     """flatten or delay."""
-    steps: int = 600
+    steps: int = 200
     """Training steps."""
     width: int = 256
     """Model width."""
@@ -83,7 +85,7 @@ def main(job: Overfit) -> None:
         ),
         train=TrainConfig(
             batch=2, steps=job.steps, lr_max=1e-3, lr_min=1e-5, warmup=50, weight_decay=0.0, dropout=(0.0, 0.0, 0.0),
-            checkpoint_every=100, remat=False,
+            checkpoint_every=50, remat=False,
         ),
     )  # fmt: skip
     run = job.out / f"run_{job.layout}"
@@ -108,7 +110,10 @@ def main(job: Overfit) -> None:
                 name = job.out / f"{record.song}_{job.layout}"
                 write_wav(name.with_suffix(".wav"), sung, codec.rate)
                 write_wav(job.out / f"{record.song}_codec.wav", codec_only, codec.rate)
-                pair = {"the codec's own reconstruction": codec_only, f"sung from its lyrics ({same:.1%} of codes)": sung}
+                pair = {
+                    "the codec's own reconstruction": codec_only,
+                    f"sung from its lyrics ({same:.1%} of codes)": sung,
+                }
                 draw_spectrograms(name.with_suffix(".png"), pair, codec.rate)
     (job.out / f"overfit_{job.layout}.json").write_text(json.dumps(report, indent=2) + "\n")
     console.print(report)

@@ -1,5 +1,7 @@
 """Every annotation of the package is checked, types and shapes; and the small songs and models that tests share."""
 
+import os
+import tempfile
 from pathlib import Path
 
 import jaxtyping
@@ -7,11 +9,23 @@ import numpy as np
 import pytest
 from beartype import BeartypeConf, beartype
 
+# A step is compiled once for all tests and the processes that they start: a run of twelve steps takes 2 s, not 9.
+_COMPILED = tempfile.TemporaryDirectory(prefix="l2m_compiled_")
+os.environ |= {
+    "JAX_COMPILATION_CACHE_DIR": _COMPILED.name,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+
 checked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int where a float is asked for is one
 jaxtyping.install_import_hook("l2m_jax", "conftest.checked")
 
 from l2m_jax.config import Config, ModelConfig, TrainConfig  # noqa: E402
-from l2m_jax.data import VERSION, MadeWith, Record, pack, write_record  # noqa: E402
+from l2m_jax.data import VERSION, Dataset, MadeWith, Record, pack, write_record  # noqa: E402
+from l2m_jax.prepare import Encoders, prepare  # noqa: E402
+from l2m_jax.solfege import make_solfege  # noqa: E402
+from l2m_jax.train import train  # noqa: E402
+from l2m_jax.weights import load_codec  # noqa: E402
 
 MADE_WITH = MadeWith(VERSION, "synthetic", "c0dec", "synthetic", -1, "7ext", codebooks=2, entries=16, text_width=12)
 CONFIG = Config(
@@ -19,6 +33,10 @@ CONFIG = Config(
         layout="delay", codebooks=2, entries=16, frames=40, memory=10, text_width=12, width=16, heads=2, layers=2
     ),
     train=TrainConfig(batch=4, steps=12, warmup=2, lr_max=1e-2, lr_min=1e-3, chunk=64, checkpoint_every=4, log_every=1),
+)
+SUNG = Config(
+    model=ModelConfig(layout="delay", frames=60, memory=12, text_width=16, width=16, heads=2, layers=1),
+    train=TrainConfig(batch=2, steps=2, lr_max=1e-2, lr_min=1e-3, sample_every=1, sample_seconds=0.2),
 )
 
 
@@ -55,3 +73,43 @@ def prepared(tmp_path_factory) -> Path:
     """Eight synthetic songs that fit CONFIG, 20 to 48 frames long; its window is 40. Only for reading."""
     records = [make_record(i, frames=20 + 4 * i) for i in range(8)]
     return make_prepared(tmp_path_factory.mktemp("prepared") / "songs", records)
+
+
+@pytest.fixture(scope="session")
+def songs(tmp_path_factory) -> Path:
+    """Six sung songs of 2 or 3 notes, about a second each. Only for reading."""
+    folder = tmp_path_factory.mktemp("solfege") / "songs"
+    make_solfege(folder, songs=6, notes=(2, 3))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encoders(tmp_path_factory) -> Encoders:
+    """The codec of the package, and a random BERT 16 wide of 2 layers and 24 positions."""
+    from test_bert import tiny_folder
+
+    return Encoders("solfege", text_encoder=str(tiny_folder(tmp_path_factory.mktemp("encoders") / "bert")))
+
+
+@pytest.fixture(scope="session")
+def sung(tmp_path_factory, songs, encoders) -> Path:
+    """`songs`, prepared with `encoders`. Only for reading."""
+    folder = tmp_path_factory.mktemp("sung") / "prepared"
+    prepare(songs, folder, encoders)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, prepared) -> Path:
+    """A run of CONFIG on `prepared`, all steps at one go. Only for reading."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    assert train(CONFIG, Dataset(prepared), run, None)
+    return run
+
+
+@pytest.fixture(scope="session")
+def singer_run(tmp_path_factory, sung) -> Path:
+    """A run of SUNG on `sung`: it has hardly learnt a thing, but can sing. Only for reading."""
+    run = tmp_path_factory.mktemp("singer") / "run"
+    assert train(SUNG, Dataset(sung), run, load_codec())
+    return run

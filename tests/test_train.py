@@ -1,0 +1,304 @@
+"""Training: the step, exact resume, and what stops a run."""
+
+import dataclasses
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import soundfile
+from conftest import CONFIG, MADE_WITH, make_prepared, make_record
+from rich.console import Console
+
+from l2m_jax import train as module
+from l2m_jax.checkpoint import RunInfo, load_model, read_run
+from l2m_jax.config import Config, MeshConfig, UserError
+from l2m_jax.data import Dataset, Example, batches, make_example
+from l2m_jax.log import Log
+from l2m_jax.sharding import batch_sharding, make_mesh
+from l2m_jax.tokens import make_layout
+from l2m_jax.train import keep_conditions, losses, make_evaluate, prepare_run, train
+
+LAYOUT = make_layout(CONFIG.model)
+
+
+def changed(config: Config = CONFIG, model: dict | None = None, **fields) -> Config:
+    train = dataclasses.replace(config.train, **fields)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **(model or {})), train=train)
+
+
+def lines(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def loss_texts(run):
+    """As they are written: a bit of difference would show."""
+    return [(line["step"], json.dumps([line["loss"], line["grad_norm"], line["lr"]])) for line in lines(run)]
+
+
+def assert_same_model(run, other, step):
+    for ours, theirs in zip(*(jax.tree.leaves(load_model(r, step)[0]) for r in (run, other)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def spy(monkeypatch, do):
+    """Calls `do(step)` before the batch of each step is handed out."""
+
+    def watched(dataset, model, seed, batch, steps, *rest):
+        for step, example in zip(steps, batches(dataset, model, seed, batch, steps, *rest)):
+            do(step)
+            yield example
+
+    monkeypatch.setattr(module, "batches", watched)
+
+
+def one_batch(dataset, rows=8):
+    return Example(*map(np.stack, zip(*(make_example(dataset[i], LAYOUT, 10) for i in range(rows)))))
+
+
+def test_every_step_is_told_once(trained):
+    told = lines(trained)
+    assert [line["step"] for line in told] == list(range(12))
+    assert set(told[0]) == {"step", "loss", "loss_0", "loss_1", "grad_norm", "lr", "codes_per_s"}
+    assert sorted(os.listdir(trained / "checkpoints")) == ["12", "4", "8"]
+    assert told[-1]["loss"] < told[0]["loss"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_and_gone_on_is_as_if_never_stopped(tmp_path, prepared, trained, monkeypatch, number):
+    run, says = tmp_path / "run", io.StringIO()
+    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    with monkeypatch.context() as patch:
+        spy(patch, lambda step: os.kill(os.getpid(), number) if step == 5 else None)
+        console = Console(file=says, width=300)
+        assert not train(CONFIG, Dataset(prepared), run, None, console=console)
+    assert f"stopped by {number.name} after step 6; the same command goes on from there" in says.getvalue()
+    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert load_model(run)[2] == 6 and len(lines(run)) == 6
+    if number == signal.SIGINT:
+        return
+    assert train(CONFIG, Dataset(prepared), run, None, console=console)
+    assert "going on from step 6 of 12" in says.getvalue()
+    assert loss_texts(run) == loss_texts(trained)
+    assert_same_model(run, trained, 12)
+
+
+def test_killed_run_goes_on_from_its_last_checkpoint(tmp_path, prepared, trained):
+    """SIGKILL after step 7, the checkpoint of step 4 being whole: steps 4 to 7 are trained again and told once."""
+    run, preset = tmp_path / "run", tmp_path / "preset.py"
+    preset.write_text(
+        "import os, signal\n"
+        "from pathlib import Path\n"
+        "from l2m_jax import train\n"
+        "from l2m_jax.config import *\n"
+        f"config = {CONFIG!r}\n"
+        "batches = train.batches\n"
+        "def killed(dataset, model, seed, batch, steps):\n"
+        "    for step, example in zip(steps, batches(dataset, model, seed, batch, steps)):\n"
+        "        while step == 7:\n"
+        f"            if Path({str(run)!r}, 'checkpoints', '4').exists():\n"
+        "                os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        yield example\n"
+        "train.batches = killed\n"
+    )
+    command = [sys.executable, "-m", "l2m_jax.cli", "train", "--config", preset, "--data", prepared, "--run", run]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert load_model(run)[2] == 4 and len(lines(run)) >= 4
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 99, "lo')  # what a kill in the middle of a line leaves
+    assert train(CONFIG, Dataset(prepared), run, None)
+    assert loss_texts(run) == loss_texts(trained)
+    assert_same_model(run, trained, 12)
+
+
+def test_a_run_at_its_end_has_nothing_to_do(tmp_path, prepared, trained):
+    before = (trained / "metrics.jsonl").read_text()
+    assert train(CONFIG, Dataset(prepared), trained, None)
+    assert (trained / "metrics.jsonl").read_text() == before
+
+
+def test_accumulation_gives_the_same_steps(tmp_path, prepared, trained):
+    config = changed(accumulate=2)
+    assert train(config, Dataset(prepared), tmp_path / "run", None)
+    ours, theirs = (np.array([[x["loss"], x["grad_norm"]] for x in lines(run)]) for run in (tmp_path / "run", trained))
+    error = np.abs(ours / theirs - 1).max()
+    print(f"loss and gradient norm over 12 steps: error {error:.1e}, tolerance 1e-05")
+    assert error < 1e-5
+
+
+def test_one_batch_is_learnt_by_heart(tmp_path):
+    dataset = Dataset(make_prepared(tmp_path / "songs", [make_record(i, frames=12) for i in range(4)]))
+    config = changed(
+        model={"frames": 16, "width": 32},
+        steps=150,
+        checkpoint_every=150,
+        log_every=150,
+        remat=False,
+        dropout=(0.0, 0.0, 0.0),
+    )
+    assert train(config, dataset, tmp_path / "run", None)
+    told = lines(tmp_path / "run")
+    print(f"loss {told[0]['loss']:.2f} -> {told[-1]['loss']:.4f} nats per code")
+    assert told[0]["loss"] > 2.5 and told[-1]["loss"] < 0.1
+
+
+def test_condition_dropout_has_its_shares_and_depends_on_seed_step_and_row():
+    config = dataclasses.replace(CONFIG.train, dropout=(0.2, 0.1, 0.3))
+    draw = jax.jit(lambda seed, step, rows: keep_conditions(jax.random.key(seed), step, rows, config))
+    rows = jnp.arange(20_000)
+    kept = np.asarray(draw(0, 3, rows))
+    genre, lyrics = kept.T
+    shares = [np.mean(x) for x in (genre & ~lyrics, ~genre & lyrics, ~genre & ~lyrics, genre & lyrics)]
+    np.testing.assert_allclose(shares, [0.2, 0.1, 0.3, 0.4], atol=0.012)  # 3.5 standard deviations
+    np.testing.assert_array_equal(kept[500:600], draw(0, 3, rows[500:600]))
+    for other in (draw(1, 3, rows), draw(0, 4, rows)):
+        assert np.mean(other != kept) > 0.3
+    assert keep_conditions(jax.random.key(0), jnp.array(0), rows, dataclasses.replace(config, dropout=(0, 0, 0))).all()
+
+
+def test_loss_is_the_mean_over_codes_and_does_not_depend_on_chunk_or_remat(prepared, trained):
+    model, batch = load_model(trained)[0], one_batch(Dataset(prepared))
+    keep = jnp.ones((8, 2), bool)
+    total = jax.jit(lambda m, b, k: losses(m, b, k, LAYOUT, 16, True))(model, batch, keep)
+
+    def plain(model, batch):
+        memory = model.memory(module.Prompt(*batch[2:]), keep)
+        hidden = model.hidden(batch.ids, LAYOUT.place(jnp.arange(batch.ids.shape[1])), memory)
+        return jax.nn.log_softmax(model.logits(hidden))
+
+    said = np.take_along_axis(np.asarray(jax.jit(plain)(model, batch)), batch.targets[..., None], -1)[..., 0]
+    counts = batch.targets != LAYOUT.pad
+    np.testing.assert_allclose(total.nats, -np.where(counts, said, 0).sum((0, 1)), rtol=1e-5)
+    np.testing.assert_array_equal(total.codes, counts.sum((0, 1)))
+
+
+@pytest.mark.parametrize("songs", [8, 7, 3])
+def test_valid_loss_is_that_of_its_songs_and_of_nothing_that_fills(prepared, trained, songs):
+    dataset, placed = Dataset(prepared), batch_sharding(make_mesh(MeshConfig()))
+    model = load_model(trained)[0]
+    total = jax.jit(lambda m, b, k: losses(m, b, k, LAYOUT, 64, False))(
+        model, one_batch(dataset, songs), jnp.ones((songs, 2), bool)
+    )
+    found = make_evaluate(CONFIG, LAYOUT, dataset, placed, songs)(model)
+    np.testing.assert_allclose(found, float(total.nats.sum()) / int(total.codes.sum()), rtol=1e-6)
+
+
+def test_valid_songs_are_told_of(tmp_path, prepared, trained):
+    config, says = changed(valid_every=5), io.StringIO()
+    assert train(config, Dataset(prepared), tmp_path / "run", None, Dataset(prepared), Console(file=says, width=300))
+    told = lines(tmp_path / "run")
+    assert [line["step"] for line in told if "valid_loss" in line] == [4, 9, 11]
+    assert "valid_loss" in says.getvalue()
+    other = make_prepared(tmp_path / "songs", [make_record(0)], MADE_WITH._replace(codec_fingerprint="other"))
+    with pytest.raises(UserError, match="were prepared differently .*codec: other and c0dec"):
+        train(config, Dataset(prepared), tmp_path / "run", None, Dataset(other))
+
+
+def test_sample_songs_are_written(singer_run):
+    assert sorted(os.listdir(singer_run / "samples")) == ["0000001.wav", "0000002.wav"]
+    samples, rate = soundfile.read(singer_run / "samples" / "0000002.wav")
+    assert rate == 24_000 and 0 < len(samples) <= 0.2 * rate
+    assert any(b"sample" in path.read_bytes() for path in (singer_run / "tensorboard").iterdir())
+
+
+def test_what_the_window_cuts_is_said(tmp_path, prepared):
+    says = io.StringIO()
+    module.report_cut(Dataset(prepared), CONFIG, Console(file=says, width=300))
+    assert "2 of 8 songs are longer than the window of 40 frames; 4.4 % of all frames" in says.getvalue()
+    module.report_cut(Dataset(prepared), changed(model={"frames": 48}), Console(file=says, width=300))
+    assert len(says.getvalue().splitlines()) == 1
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_is_not_kept(tmp_path, prepared):
+    config = changed(lr_max=1e30, warmup=0, checkpoint_every=1, keep=12, remat=False)
+    with pytest.raises(UserError, match="of step [12] is (nan|inf); lower train.lr_max or lengthen train.warmup"):
+        train(config, Dataset(prepared), tmp_path / "run", None)
+    told = lines(tmp_path / "run")
+    assert not np.isfinite([told[-1]["loss"], told[-1]["grad_norm"]]).all()
+    assert load_model(tmp_path / "run")[2] == told[-1]["step"]  # steps before it
+
+
+def test_memory_does_not_grow_from_step_to_step(tmp_path, prepared, monkeypatch):
+    held = {}
+
+    def look(step):
+        arrays = jax.live_arrays()
+        held[step] = (len(arrays), sum(x.nbytes for x in arrays))
+
+    spy(monkeypatch, look)
+    train(changed(checkpoint_every=100), Dataset(prepared), tmp_path / "run", None)
+    assert held[3] == held[10]
+
+
+@pytest.fixture
+def begun(tmp_path):
+    info = RunInfo(CONFIG, MADE_WITH, ["march", "waltz"])
+    prepare_run(tmp_path / "run", info, Console(quiet=True))
+    return tmp_path / "run", info
+
+
+def test_another_config_is_refused_by_name(begun):
+    run, info = begun
+    other = changed(model={"width": 32}, lr_max=1.0, log_every=5)
+    with pytest.raises(UserError) as caught:
+        prepare_run(run, info._replace(config=other), Console(quiet=True))
+    assert str(caught.value) == (
+        f"{run} was begun with another config (model.width 16 -> 32; train.lr_max 0.01 -> 1.0): give the same, or name"
+        " another --run"
+    )
+    assert read_run(run).config == CONFIG
+
+
+def test_what_does_not_change_the_training_may_change(begun):
+    run, info = begun
+    config = changed(log_every=5, checkpoint_every=7, keep=1, valid_every=9, sample_every=3, sample_seconds=1.0)
+    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=1, fsdp=-1))
+    says = io.StringIO()
+    prepare_run(run, info._replace(config=config), Console(file=says, width=400))
+    assert "train.keep 3 -> 1" in says.getvalue() and "mesh.fsdp 1 -> -1" in says.getvalue()
+    assert read_run(run).config == config
+
+
+def test_songs_of_another_origin_are_refused(begun):
+    run, info = begun
+    other = info._replace(made_with=MADE_WITH._replace(text_fingerprint="other"))
+    with pytest.raises(UserError, match="prepared differently .text encoder: 7ext and other."):
+        prepare_run(run, other, Console(quiet=True))
+
+
+def test_a_folder_of_something_else_is_not_touched(tmp_path, prepared):
+    (tmp_path / "thesis.txt").write_text("my thesis")
+    with pytest.raises(UserError, match="is not empty and not a run folder"):
+        train(CONFIG, Dataset(prepared), tmp_path, None)
+    assert os.listdir(tmp_path) == ["thesis.txt"]
+
+
+def test_a_mesh_that_does_not_fit_leaves_no_run(tmp_path, prepared):
+    config = dataclasses.replace(CONFIG, mesh=dataclasses.replace(CONFIG.mesh, data=3))
+    with pytest.raises(UserError, match="product must be the number of devices"):
+        train(config, Dataset(prepared), tmp_path / "run", None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_dataset_is_said_in_the_middle_of_training(tmp_path):
+    folder = make_prepared(tmp_path / "songs", [make_record(i) for i in range(4)])
+    (packed,) = folder.glob("dataset/*.array_record*")
+    packed.write_bytes(packed.read_bytes()[: packed.stat().st_size // 2])
+    with pytest.raises(UserError, match="is damaged"):
+        train(CONFIG, Dataset(folder), tmp_path / "run", None)
+
+
+def test_metrics_of_steps_that_are_trained_again_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(f'{{"step": {i}, "loss": 1.0}}\n' for i in range(5)) + '{"step": 5, "lo')
+    log = Log(tmp_path, 3, 10, 1, Console(quiet=True))
+    log.metrics(3, {"loss": 2.0})
+    log.close()
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(0, 1.0), (1, 1.0), (2, 1.0), (3, 2.0)]
