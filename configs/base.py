@@ -1,4 +1,11 @@
-"""base: about 300 M parameters, 120 s in one context, for one node of GPUs or a TPU slice."""
+"""base: about 316 M parameters, 120 s in one context, for a node of GPUs or a TPU slice.
+
+Cost: 73 TFLOP a song forward and backward (6 x parameters x 18,432 positions, and 12 x layers x width x positions^2 / 2
+for causal attention), a third more with remat.
+Memory: 16 bytes a parameter for parameters, gradients and AdamW's moments, 5.1 GB, split over `fsdp`; activations of
+one song, kept at the edges of the 18 layers in bfloat16: 0.7 GB.
+Command: l2m train --config base --data OUT --run RUN --train.batch 32
+"""
 
 from l2m_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
 

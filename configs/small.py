@@ -1,7 +1,7 @@
 """small: the prototype of the project's notes. 512 wide, 4 heads, 4 layers, 18,000 codes (120 s) in one context.
 
-Cost: PARAMS
-Memory: MEMORY
+Cost: 23.9 M parameters; SMALL_COST on two CPU cores.
+Memory: SMALL_MEMORY.
 Command: l2m train --config small --data OUT --run RUN
 On a CPU, --model.layout delay halves the positions of a song.
 """

@@ -83,7 +83,7 @@ def _spectrogram(axis: Any, samples: np.ndarray, rate: int) -> None:
     axis.pcolormesh(
         times, transform.f[kept], level[kept], vmin=level.max() - 70, vmax=level.max(), cmap="magma", shading="nearest"
     )
-    axis.set(yscale="log", ylim=(80, 8000), xlim=(0, len(samples) / rate), ylabel="Hz")
+    axis.set(yscale="log", ylim=(80, 8000), xlim=(0, max(len(samples) / rate, 0.01)), ylabel="Hz")
 
 
 def _pyplot() -> Any:

@@ -26,7 +26,7 @@ from l2m_jax.codec import Codec, encode
 from l2m_jax.config import UserError
 from l2m_jax.data import VERSION, Dataset, MadeWith, Record, pack, read_manifest, read_record, write_record
 from l2m_jax.lyrics import TextEncoder, encode_genre, encode_text, parse_lyrics
-from l2m_jax.progress import Bar
+from l2m_jax.progress import Bar, say
 from l2m_jax.songs import BadSong, Song, scan_songs
 from l2m_jax.weights import load_codec, load_text_encoder
 
@@ -118,7 +118,7 @@ def prepare(
     songs, left_out = scan_songs(folder)
     warnings = [f"{s.id}/{w}" for s in songs for w in parse_lyrics(s.lyrics, "lyrics.txt").warnings]
     for line in warnings:
-        console.print(f"warning: {line}", highlight=False, markup=False)
+        say(console, f"warning: {line}")
     codec, encoder = encoders.load()
     made_with = signature(encoders, codec, encoder)
     records = out / "records"
@@ -142,7 +142,7 @@ def prepare(
     paths = {song.id: records / f"{song.id}.npz" for song in songs}
     missing = [song for song in songs if not _is_done(paths[song.id], sources[song.id], made_with)]
     if len(missing) < len(songs):
-        console.print(f"{len(songs) - len(missing)} of {len(songs)} songs are prepared already", highlight=False)
+        say(console, f"{len(songs) - len(missing)} of {len(songs)} songs are prepared already")
     with Bar(console, "preparing songs", len(missing), "songs") as bar:
         if workers == 1 or len(missing) < 2:
             results = (_work(s, paths[s.id], codec, encoder, made_with) for s in missing)

@@ -9,6 +9,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
+def say(console: Console, text: str) -> None:
+    """One line as it is, above a bar where there is one: not wrapped, and a "[verse]" or a path is no markup."""
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
 class Bar:
     """Progress of a job of `total` units (`unit` names them); use it as a context, and tell it how much is done."""
 
@@ -18,7 +23,7 @@ class Bar:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.completed:g} of {task.total:g} " + unit),
+            TextColumn("{task.completed:.7g} of {task.total:.7g} " + unit),
         )
         self._live = Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console)
         self._task = self._live.add_task(what, total=total)
@@ -49,8 +54,4 @@ class Bar:
             self._printed = done
             share = (done - self._first) / max(self._total - self._first, 1e-9)
             left = (time.monotonic() - self._start) * (1 / share - 1) if share > 0 else 0
-            self.say(f"{text or self._what}: {done:g} of {self._total:g} {self._unit}, {left:.0f} s left")
-
-    def say(self, text: str) -> None:
-        """A line of its own, above the bar."""
-        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+            say(self._console, f"{text or self._what}: {done:.7g} of {self._total:.7g} {self._unit}, {left:.0f} s left")

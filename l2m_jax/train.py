@@ -31,6 +31,7 @@ from l2m_jax.data import Dataset, Example, batches, make_example
 from l2m_jax.log import Log
 from l2m_jax.model import KINDS, Prompt, SoundTransformer
 from l2m_jax.optim import optimizer, schedule
+from l2m_jax.progress import say
 from l2m_jax.sample import sample_codes
 from l2m_jax.sharding import batch_sharding, check_divides, make_mesh, position_sharding, state_shardings
 from l2m_jax.tokens import AnyArray, Layout, make_layout
@@ -173,12 +174,12 @@ def train(
         else:
             state = TrainState(**restore(run, latest.step, shapes._asdict(), shardings._asdict()))
             first = latest.step
-            console.print(f"{run}: going on from step {first} of {config.train.steps}", highlight=False)
+            say(console, f"{run}: going on from step {first} of {config.train.steps}")
         parameters = sum(x.size for x in jax.tree.leaves(state.model))
-        console.print(
+        say(
+            console,
             f"{parameters / 1e6:.1f} M parameters, {len(dataset)} songs, {config.train.batch} songs a step of "
             f"{layout.positions} positions, {config.model.layout} layout, {len(jax.devices())} device(s)",
-            highlight=False,
         )
         log = Log(run, first, config.train.steps, config.train.log_every, console)
         evaluate = make_evaluate(config, layout, valid, on_batch, songs_per_valid) if valid is not None else None
@@ -214,7 +215,7 @@ def train(
             log.close()
             stopped.restore()
     if step + 1 < config.train.steps:
-        console.print(f"{run}: stopped by {stopped.by} after step {step + 1}; the same command goes on from there")
+        say(console, f"{run}: stopped by {stopped.by} after step {step + 1}; the same command goes on from there")
         return False
     return True
 
@@ -239,7 +240,7 @@ def prepare_run(run: Path, info: RunInfo, console: Console) -> None:
             f"{run} was begun with another config ({'; '.join(fixed)}): give the same, or name another --run"
         )
     if changed:
-        console.print(f"{run}: {'; '.join(changed)}")
+        say(console, f"{run}: {'; '.join(changed)}")
         write_run(run, info)
     return None
 
@@ -249,10 +250,10 @@ def report_cut(dataset: Dataset, config: Config, console: Console) -> None:
     frames = dataset.frames()
     cut = np.maximum(frames - config.model.frames, 0)
     if cut.any():
-        console.print(
+        say(
+            console,
             f"note: {np.count_nonzero(cut)} of {len(frames)} songs are longer than the window of {config.model.frames} "
             f"frames; {100 * cut.sum() / frames.sum():.1f} % of all frames are not trained on (the dataset has them)",
-            highlight=False,
         )
 
 

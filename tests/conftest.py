@@ -18,7 +18,9 @@ os.environ |= {
 }
 
 checked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int where a float is asked for is one
-jaxtyping.install_import_hook("l2m_jax", "conftest.checked")
+modules = {path.stem for path in (Path(__file__).parents[1] / "l2m_jax").glob("*.py")}
+modules.remove("cli")  # tyro.MISSING stands where a path will be
+jaxtyping.install_import_hook([f"l2m_jax.{name}" for name in modules], "conftest.checked")
 
 from l2m_jax.config import Config, ModelConfig, TrainConfig  # noqa: E402
 from l2m_jax.data import VERSION, Dataset, MadeWith, Record, pack, write_record  # noqa: E402

@@ -57,10 +57,10 @@ def test_presets_are_installed_and_fields_override_them(tmp_path):
     for name in PRESETS:
         parsed = parse(["train", "--config", name, "--data", "d", "--run", "r"])
         assert Config(parsed.model, parsed.train, parsed.mesh) == load_preset(name)
-        assert parsed.config == name and name in parse.__globals__["Train"].__doc__ + str(PRESETS)
+        assert parsed.config == name
     for config in (["--config", "tiny"], ["--config=tiny"]):
-        flags = "--model.width 128 --train.lr-max 0.5 --mesh.fsdp 2 --train.dropout 0.1 0.2 0.3 --no-train.remat"
-        parsed = parse(["train", *config, "--data", "d", "--run", "r", *flags.replace("lr-max", "lr_max").split()])
+        flags = "--model.width 128 --train.lr-max 0.5 --mesh.fsdp 2 --train.dropout 0.1 0.2 0.3 --train.no-remat"
+        parsed = parse(["train", *config, "--data", "d", "--run", "r", *flags.split()])
         assert (parsed.model.width, parsed.train.lr_max, parsed.mesh.fsdp) == (128, 0.5, 2)
         assert parsed.train.dropout == (0.1, 0.2, 0.3) and not parsed.train.remat
         assert parsed.model.frames == load_preset("tiny").model.frames
@@ -180,28 +180,27 @@ def test_the_whole_way(l2m, tmp_path, encoders, monkeypatch):
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, prepared):
-    """A real signal to a real process: exit status 143, nothing of the run is lost, no traceback."""
-    run = tmp_path / "run"
+    """A real signal to a real process: exit status 143, not a step is lost, no traceback."""
+    run, step = tmp_path / "run", 0
     command = [*L2M, "train", "--config", preset(tmp_path), "--data", prepared, "--run", run]
-    with subprocess.Popen(
-        [*command, "--train.steps", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout
-        for line in process.stdout:
-            if line.startswith("step 3 "):
-                break
-        process.send_signal(signal.SIGTERM)
-        said, complained = process.communicate(timeout=60)
-    assert process.returncode == 143 and "stopped by SIGTERM after step " in said and "Traceback" not in complained
-    told = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    step = load_model(run)[2]
-    assert told == list(range(step)) and 4 <= step < 100_000
-    config = json.loads((run / "config.json").read_text())
-    config["config"]["train"]["steps"] = step + 2  # in truth one would wait for the 100,000
-    (run / "config.json").write_text(json.dumps(config))
-    done = subprocess.run([*command, "--train.steps", str(step + 2)], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and f"going on from step {step} of {step + 2}" in done.stdout, done.stderr
-    assert len((run / "metrics.jsonl").read_text().splitlines()) == step + 2
+    for _ in range(2):
+        with subprocess.Popen(
+            [*command, "--train.steps", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout
+            before = []
+            for line in process.stdout:
+                before.append(line)
+                if f": {step + 4} of 100000 steps" in line:
+                    break
+            process.send_signal(signal.SIGTERM)
+            after, complained = process.communicate(timeout=60)
+        assert process.returncode == 143 and "Traceback" not in complained
+        assert (f"{run}: going on from step {step} of 100000\n" in before) == (step > 0)
+        step = load_model(run)[2]
+        assert f"{run}: stopped by SIGTERM after step {step}; the same command goes on from there\n" in after
+        told = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert told == list(range(step)) and 4 <= step < 100_000
 
 
 def test_a_reader_that_leaves_is_no_traceback(tmp_path):

@@ -1,0 +1,40 @@
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from l2m_jax.config import UserError
+from l2m_jax.picture import Label, draw_song, draw_spectrograms
+
+RATE = 24_000
+TONE = (0.5 * np.sin(2 * np.pi * 440 * np.arange(RATE) / RATE)).astype(np.float32)
+
+
+def test_a_song_with_labels_and_long_lyrics(tmp_path):
+    lyrics = "\n".join(f"line {i}" for i in range(40))
+    draw_song(tmp_path / "short.png", TONE, RATE, "la")
+    draw_song(tmp_path / "song.png", TONE, RATE, lyrics, {"sung": [Label("la", 0.1, 0.9)]}, "title")
+    short, long = imread(tmp_path / "short.png"), imread(tmp_path / "song.png")
+    assert long.shape[0] > short.shape[0]  # a row of labels and twelve lines more
+
+
+def test_the_spectrogram_shows_the_tone_where_it_is(tmp_path):
+    """Brightest row of the 440 Hz picture lies above that of a 220 Hz one."""
+    low = (0.5 * np.sin(2 * np.pi * 220 * np.arange(RATE) / RATE)).astype(np.float32)
+    rows = []
+    for name, sound in (("high", TONE), ("low", low)):
+        draw_spectrograms(tmp_path / f"{name}.png", {"": sound}, RATE)
+        picture = imread(tmp_path / f"{name}.png")[:, 200:800, :3]
+        coloured = picture.sum(-1) * (np.ptp(picture, axis=-1) > 0.05)  # not the white margins
+        rows.append(coloured.mean(1).argmax())
+    assert rows[0] < rows[1]
+
+
+@pytest.mark.parametrize("samples", [0, 1, 100])
+def test_very_short_sounds(tmp_path, samples):
+    draw_song(tmp_path / "song.png", TONE[:samples], RATE, "la")
+    assert (tmp_path / "song.png").stat().st_size > 1000
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match=r"song\.png cannot be written"):
+        draw_song(tmp_path / "nowhere" / "song.png", TONE, RATE, "la")
