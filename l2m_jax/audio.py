@@ -5,6 +5,7 @@ libsndfile reads mp3, flac, ogg and wav without ffmpeg; soxr changes the samplin
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
@@ -81,7 +82,8 @@ def write_atomic(path: str | Path, content: bytes) -> None:
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where the folder is none, it is not there either
+            part.unlink()
 
 
 def _open(path: str | Path) -> soundfile.SoundFile:

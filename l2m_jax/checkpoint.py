@@ -6,8 +6,10 @@ sampling loads the model alone. The data position is the step; no iterator state
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,6 +64,16 @@ def open_checkpoints(run: Path, keep: int) -> ocp.training.Checkpointer:
         preservation_policy=newest,
         cleanup_tmp_directories=True,
     )
+
+
+@contextlib.contextmanager
+def saving(run: Path) -> Iterator[None]:
+    """Around what saves, or waits for what is being saved: UserError where it cannot be written."""
+    try:
+        yield
+    except (ValueError, OSError) as error:  # TensorStore's errors are ValueErrors
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{run}/checkpoints: cannot be written ({reason}); the checkpoint before stands") from error
 
 
 def restore(run: Path, step: int, shapes: dict[str, Any], shardings: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ Exit status: 0 done; 1 done, but something was left out; 2 a mistake in the comm
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib
 import itertools
 import os
@@ -227,6 +228,11 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:  # whoever read our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"l2m: {error}", file=sys.stderr)
+        status = 2
     sys.exit(status)
 
 

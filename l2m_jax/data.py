@@ -173,7 +173,7 @@ def pack(folder: Path, paths: Sequence[Path], made_with: MadeWith) -> None:
             final.rename(old)
         Path(builder.data_path).rename(final)
         manifest.replace(folder / "songs.jsonl")  # last: it vouches for the dataset
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # ArrayRecord's errors are RuntimeErrors
         raise UserError(f"{folder} cannot be written: {error}") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)

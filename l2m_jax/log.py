@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue] - generated code
+from tensorboardX.summary import audio, scalar
 
 from l2m_jax.progress import Bar
 
@@ -24,7 +27,10 @@ class Log:
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < step]
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step if step else None)
+        (run / "tensorboard").mkdir(exist_ok=True)
+        # Not SummaryWriter: its thread dies of a full disk, and the training then waits for it for ever.
+        self._board = EventsWriter(str(run / "tensorboard" / "events"))
+        self._show(step, session_log=SessionLog(status=SessionLog.START))  # TensorBoard drops later steps too
         self._every = every
         self._bar = Bar(console, "training", steps, "steps", done=step).__enter__()
 
@@ -37,11 +43,15 @@ class Log:
         self._bar.update(step + 1, text, line=shown)
         if shown:
             for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+                self._show(step, summary=scalar(name, value))
+            self._board.flush()
 
     def audio(self, step: int, samples: np.ndarray, rate: int) -> None:
         """A sample song in TensorBoard."""
-        self._board.add_audio("sample", np.clip(samples, -1, 1)[:, None], step, sample_rate=rate)
+        self._show(step, summary=audio("sample", np.clip(samples, -1, 1)[:, None], rate))
+
+    def _show(self, step: int, **content: Any) -> None:
+        self._board.write_event(Event(wall_time=time.time(), step=step, **content))
 
     def close(self) -> None:
         """Writes what is buffered."""

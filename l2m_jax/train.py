@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from rich.console import Console
 
 from l2m_jax.audio import write_wav
-from l2m_jax.checkpoint import RunInfo, differences, open_checkpoints, read_run, restore, write_run
+from l2m_jax.checkpoint import RunInfo, differences, open_checkpoints, read_run, restore, saving, write_run
 from l2m_jax.codec import Codec, decode
 from l2m_jax.config import Config, SampleConfig, TrainConfig, UserError
 from l2m_jax.data import Dataset, Example, batches, make_example
@@ -204,16 +204,20 @@ def train(
                 if done % config.train.checkpoint_every == 0 or done == config.train.steps or stop:
                     began = _report(log, *pending, began)  # first: a state that is not finite is not kept
                     pending = None
-                    checkpoints.save_checkpointables_async(done, state._asdict())
+                    with saving(run):
+                        checkpoints.save_checkpointables_async(done, state._asdict())
                 if stop:
                     break
             if pending is not None:
                 _report(log, *pending, began)
         finally:
             getattr(stream, "close", lambda: None)()
-            checkpoints.close()  # waits for what is being saved
-            log.close()
             stopped.restore()
+            try:
+                with saving(run):
+                    checkpoints.close()  # waits for what is being saved
+            finally:
+                log.close()
     if step + 1 < config.train.steps:
         say(console, f"{run}: stopped by {stopped.by} after step {step + 1}; the same command goes on from there")
         return False

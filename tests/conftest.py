@@ -37,7 +37,7 @@ CONFIG = Config(
     train=TrainConfig(batch=4, steps=12, warmup=2, lr_max=1e-2, lr_min=1e-3, chunk=64, checkpoint_every=4, log_every=1),
 )
 SUNG = Config(
-    model=ModelConfig(layout="delay", frames=60, memory=12, text_width=16, width=16, heads=2, layers=1),
+    model=ModelConfig(layout="flatten", frames=60, memory=12, text_width=16, width=16, heads=2, layers=1),
     train=TrainConfig(batch=2, steps=2, lr_max=1e-2, lr_min=1e-3, sample_every=1, sample_seconds=0.2),
 )
 

@@ -29,7 +29,7 @@ def test_run_comes_back_as_it_was(tmp_path):
     write_run(tmp_path / "a" / "run", INFO)
     assert read_run(tmp_path / "a" / "run") == INFO
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file/run cannot be written"):
+    with pytest.raises(UserError, match="file/run/config.json: cannot be written"):
         write_run(tmp_path / "file" / "run", INFO)
 
 

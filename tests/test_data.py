@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,13 +44,13 @@ def test_record_comes_back_as_it_was(tmp_path):
     assert os.listdir(tmp_path) == ["a.npz"]
 
 
-@pytest.mark.parametrize("failing", ["savez", "replace"])
-def test_record_is_whole_or_not_there(tmp_path, monkeypatch, failing):
+@pytest.mark.parametrize("module, failing", [(Path, "write_bytes"), (os, "replace")])
+def test_record_is_whole_or_not_there(tmp_path, monkeypatch, module, failing):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(*((np, "savez") if failing == "savez" else (os, "replace")), full)
-    with pytest.raises(UserError, match=r"a\.npz cannot be written: No space left on device"):
+    monkeypatch.setattr(module, failing, full)
+    with pytest.raises(UserError, match=r"a\.npz: cannot be written .No space left on device"):
         write_record(tmp_path / "a.npz", make_record(0), MADE_WITH)
     assert not os.listdir(tmp_path)
 
@@ -90,13 +91,14 @@ def test_packed_songs_come_back_in_order_with_any_name(tmp_path):
     assert sorted(os.listdir(tmp_path / "songs")) == ["dataset", "records", "songs.jsonl"]
 
 
-def test_packing_again_replaces_and_a_failed_one_leaves_the_old(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("No space left on device")])
+def test_packing_again_replaces_and_a_failed_one_leaves_the_old(tmp_path, monkeypatch, error):
     folder = make_prepared(tmp_path / "songs", [make_record(0), make_record(1)])
     paths = [folder / "records" / "song_001.npz"]
     (folder / ".packing").mkdir()  # of a run that was killed
 
     def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+        raise error
 
     with monkeypatch.context() as patch:
         patch.setattr(data._Builder, "download_and_prepare", full)

@@ -205,7 +205,7 @@ def test_full_disk_leaves_no_half_record(tmp_path, songs, encoders, monkeypatch)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
-        with pytest.raises(UserError, match="song_0003.npz cannot be written: No space left on device"):
+        with pytest.raises(UserError, match="song_0003.npz: cannot be written .No space left on device"):
             prepare(songs, tmp_path / "out", encoders)
     assert sorted(os.listdir(tmp_path / "out" / "records")) == ["song_0001.npz", "song_0002.npz"]
     assert not (tmp_path / "out" / "dataset").exists()

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import soundfile
 from conftest import CONFIG, MADE_WITH, make_prepared, make_record
+from orbax.checkpoint import v1 as ocp
 from rich.console import Console
+from tensorboardX.proto.event_pb2 import Event
 
 from l2m_jax import train as module
 from l2m_jax.checkpoint import RunInfo, load_model, read_run
@@ -205,7 +207,6 @@ def test_sample_songs_are_written(singer_run):
     assert sorted(os.listdir(singer_run / "samples")) == ["0000001.wav", "0000002.wav"]
     samples, rate = soundfile.read(singer_run / "samples" / "0000002.wav")
     assert rate == 24_000 and 0 < len(samples) <= 0.2 * rate
-    assert any(b"sample" in path.read_bytes() for path in (singer_run / "tensorboard").iterdir())
 
 
 def test_what_the_window_cuts_is_said(tmp_path, prepared):
@@ -223,6 +224,47 @@ def test_a_loss_that_is_no_number_stops_the_run_and_is_not_kept(tmp_path, prepar
     told = lines(tmp_path / "run")
     assert not np.isfinite([told[-1]["loss"], told[-1]["grad_norm"]]).all()
     assert load_model(tmp_path / "run")[2] == told[-1]["step"]  # steps before it
+
+
+def test_a_checkpoint_that_cannot_be_written_is_said(tmp_path, prepared, monkeypatch):
+    """A full disk shows when the checkpoint before has been saved in the background."""
+
+    def full(checkpoints, step, *args):
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device\nand pages more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.training.Checkpointer, "save_checkpointables_async", full)
+        with pytest.raises(UserError) as caught:
+            train(CONFIG, Dataset(prepared), tmp_path / "run", None)
+    assert str(caught.value) == (
+        f"{tmp_path}/run/checkpoints: cannot be written (RESOURCE_EXHAUSTED: No space left on device); "
+        "the checkpoint before stands"
+    )
+    assert len(lines(tmp_path / "run")) == 4
+
+
+def test_tensorboard_can_read_what_is_told(trained, singer_run):
+    told = {}
+    for path in trained.glob("tensorboard/events*"):
+        for event in events(path):
+            told |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+    for line in lines(trained):
+        assert told["loss", line["step"]] == np.float32(line["loss"])
+    (path,) = singer_run.glob("tensorboard/events*")
+    (sample,) = (v.audio for e in events(path) for v in e.summary.value if v.tag.startswith("sample") and e.step == 2)
+    heard, rate = soundfile.read(io.BytesIO(sample.encoded_audio_string))
+    kept, _ = soundfile.read(singer_run / "samples" / "0000002.wav")
+    assert rate == sample.sample_rate == 24_000
+    np.testing.assert_allclose(heard, kept, atol=1e-4)
+
+
+def events(path):
+    """TFRecord: length, its checksum, the event, its checksum."""
+    content, at = path.read_bytes(), 0
+    while at < len(content):
+        size = int.from_bytes(content[at : at + 8], "little")
+        yield Event.FromString(content[at + 12 : at + 12 + size])
+        at += 16 + size
 
 
 def test_memory_does_not_grow_from_step_to_step(tmp_path, prepared, monkeypatch):
