@@ -50,7 +50,7 @@ class Overfit:
     """Length of an excerpt."""
     layout: Literal["flatten", "delay"] = "flatten"
     """flatten or delay."""
-    steps: int = 200
+    steps: int = 150
     """Training steps."""
     width: int = 256
     """Model width."""
@@ -110,11 +110,13 @@ def main(job: Overfit) -> None:
                 name = job.out / f"{record.song}_{job.layout}"
                 write_wav(name.with_suffix(".wav"), sung, codec.rate)
                 write_wav(job.out / f"{record.song}_codec.wav", codec_only, codec.rate)
-                pair = {
+                excerpt = read_audio(job.out / "excerpts" / record.song / "audio.wav", codec.rate)
+                sounds = {
+                    "the excerpt": excerpt,
                     "the codec's own reconstruction": codec_only,
                     f"sung from its lyrics ({same:.1%} of codes)": sung,
                 }
-                draw_spectrograms(name.with_suffix(".png"), pair, codec.rate)
+                draw_spectrograms(name.with_suffix(".png"), sounds, codec.rate)
     (job.out / f"overfit_{job.layout}.json").write_text(json.dumps(report, indent=2) + "\n")
     console.print(report)
 
