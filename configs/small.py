@@ -1,9 +1,9 @@
 """small: the prototype of the project's notes. 512 wide, 4 heads, 4 layers, 18,000 codes (120 s) in one context.
 
-Cost: 23.9 M parameters; SMALL_COST on two CPU cores.
-Memory: SMALL_MEMORY.
+Cost: 23.9 M parameters; a step of one song takes about two minutes on two CPU cores, compilation included.
+Memory: 4.7 GiB of resident memory at its peak, batch 1, float32.
 Command: l2m train --config small --data OUT --run RUN
-On a CPU, --model.layout delay halves the positions of a song.
+On a CPU, --model.layout delay halves the positions of a song, and --model.frames 2250 takes windows of 30 s.
 """
 
 from l2m_jax.config import Config, ModelConfig, TrainConfig

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole system on a laptop, from nothing to a song: about 20 minutes on two CPU cores.
+# The whole system on a laptop, from nothing to a song: 23 minutes on two busy CPU cores.
 # Every step can be stopped and started again: it goes on where it was.
 #   bash scripts/demo.sh demo
 set -euo pipefail
