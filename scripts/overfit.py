@@ -1,6 +1,6 @@
 """The overfit test of the project's notes: one model learns two excerpts by heart, and each one's lyrics call it back.
 
-    python scripts/overfit.py SONGS OUT [--songs song_001 song_002] [--start 20 20] [--seconds 10]
+    python scripts/overfit.py SONGS OUT [--songs song_001 song_002] [--start 18 17] [--seconds 10]
 
 Two excerpts (10 s, 1,500 codes each) of two songs of a dataset folder, each with the words that are sung in it, are
 learnt until greedy generation from each one's own lyrics gives back its codes. Then the lyrics are swapped: they must
