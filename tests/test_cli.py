@@ -13,7 +13,8 @@ from conftest import CONFIG, SUNG
 
 from l2m_jax import cli
 from l2m_jax.checkpoint import load_model, read_run
-from l2m_jax.cli import PRESETS, load_preset, main, parse, read_text
+from l2m_jax.cli import PRESETS, load_preset, main, parse
+from l2m_jax.commands.arguments import read_text
 from l2m_jax.config import Config, UserError
 
 L2M = [sys.executable, "-m", "l2m_jax.cli"]
