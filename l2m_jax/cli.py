@@ -17,6 +17,7 @@ from typing import Annotated
 
 import tyro
 
+from l2m_jax.commands.codec import Codec
 from l2m_jax.commands.decode import Decode
 from l2m_jax.commands.generate import Generate
 from l2m_jax.commands.prepare import Prepare
@@ -66,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(status)
 
 
-def parse(arguments: list[str]) -> Prepare | Train | Generate | Decode | Solfege:
+def parse(arguments: list[str]) -> Prepare | Train | Generate | Decode | Codec | Solfege:
     """The command of the arguments; a preset gives the defaults of `train`."""
     preset = Config()
     if arguments[:1] == ["train"]:
@@ -79,6 +80,7 @@ def parse(arguments: list[str]) -> Prepare | Train | Generate | Decode | Solfege
         | Annotated[Train, tyro.conf.subcommand("train", default=train)]
         | Annotated[Generate, tyro.conf.subcommand("generate")]
         | Annotated[Decode, tyro.conf.subcommand("decode")]
+        | Annotated[Codec, tyro.conf.subcommand("codec")]
         | Annotated[Solfege, tyro.conf.subcommand("solfege")]
     )
     return tyro.cli(

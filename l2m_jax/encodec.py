@@ -217,6 +217,7 @@ class Lstm(Layer):
     """x + LSTM(x); with no layers, x."""
 
     def __init__(self, width: int, layers: int, rngs: nnx.Rngs):
+        self.width = width
         self.layers = nnx.List([LstmLayer(width, rngs) for _ in range(layers)])
 
     def initial(self, batch: int) -> tuple:

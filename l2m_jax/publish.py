@@ -1,0 +1,90 @@
+"""A codec in the published layout: what `weights.load_codec` reads, written. After `codec_training`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save
+
+from l2m_jax.audio import write_atomic
+from l2m_jax.encodec import Chain, Conv, Encodec, EncodecConfig, Layer, Lstm, Residual, Upsample
+
+Tensors = Iterator[tuple[str, np.ndarray]]
+
+
+def save_codec(folder: Path, module: Encodec, config: EncodecConfig) -> None:
+    """Writes config.json and model.safetensors (float16) as `transformers.EncodecModel` names them.
+
+    An LSTM that is not there is stored as one layer of zeros, which on its residual is exactly none: the published
+    layout knows no model without.
+    """
+    layers = max(config.num_lstm_layers, 1)
+    tensors = dict(_chain("encoder", module.encoder)) | dict(_chain("decoder", module.decoder))
+    for k, entries in enumerate(np.asarray(module.codebooks[...])):
+        book = f"quantizer.layers.{k}.codebook"
+        # Running averages of training, as a codec that is at rest has them.
+        tensors |= {
+            f"{book}.embed": entries,
+            f"{book}.inited": np.ones(1),
+            f"{book}.cluster_size": np.ones(len(entries)),
+        }
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = {name: np.ascontiguousarray(array, np.float16) for name, array in tensors.items()}
+    write_atomic(folder / "model.safetensors", save(stored, metadata={"format": "pt"}))
+    published = {
+        "architectures": ["EncodecModel"], "model_type": "encodec", "audio_channels": 1, "chunk_length_s": None,
+        "codebook_dim": config.hidden_size, "codebook_size": config.codebook_size, "compress": config.compress,
+        "dilation_growth_rate": config.dilation_growth_rate, "hidden_size": config.hidden_size,
+        "kernel_size": config.kernel_size, "last_kernel_size": config.last_kernel_size, "norm_type": "weight_norm",
+        "normalize": False, "num_filters": config.num_filters, "num_lstm_layers": layers,
+        "num_residual_layers": config.num_residual_layers, "overlap": None, "pad_mode": "reflect",
+        "residual_kernel_size": config.residual_kernel_size, "sampling_rate": config.sampling_rate,
+        "target_bandwidths": list(config.target_bandwidths), "trim_right_ratio": 1.0,
+        "upsampling_ratios": list(config.upsampling_ratios), "use_causal_conv": True,
+        "use_conv_shortcut": config.use_conv_shortcut,
+    }  # fmt: skip
+    write_atomic(folder / "config.json", (json.dumps(published, indent=2) + "\n").encode())
+
+
+def _chain(name: str, chain: Chain) -> Tensors:
+    for i, layer in enumerate(chain.layers):
+        yield from _layer(f"{name}.layers.{i}", layer)
+
+
+def _layer(name: str, layer: Layer) -> Tensors:
+    if isinstance(layer, Conv):
+        yield from _weight_norm(name, np.asarray(layer.kernel[...]).transpose(2, 1, 0), np.asarray(layer.bias[...]))
+    elif isinstance(layer, Upsample):
+        two = np.asarray(layer.kernel[...])  # [2, C, s, G]: the frame before, the frame itself
+        kernel = two.transpose(1, 3, 0, 2)[:, :, ::-1].reshape(two.shape[1], two.shape[3], -1)
+        yield from _weight_norm(name, kernel, np.asarray(layer.bias[...]))
+    elif isinstance(layer, Residual):
+        for j, inner in enumerate(layer.block.layers):
+            yield from _layer(f"{name}.block.{j}", inner)
+        for inner in layer.shortcut.layers:
+            yield from _layer(f"{name}.shortcut", inner)
+    elif isinstance(layer, Lstm):
+        yield from _lstm(name, layer)
+
+
+def _weight_norm(name: str, weight: np.ndarray, bias: np.ndarray) -> Tensors:
+    """Direction and length apart (Salimans and Kingma, 2016)."""
+    weight = np.asarray(weight, np.float64)
+    yield f"{name}.conv.parametrizations.weight.original0", np.sqrt(np.sum(weight**2, (1, 2), keepdims=True))
+    yield f"{name}.conv.parametrizations.weight.original1", weight
+    yield f"{name}.conv.bias", np.asarray(bias)
+
+
+def _lstm(name: str, lstm: Lstm) -> Tensors:
+    layers = [(x.input[...], x.recurrent[...], x.bias[...]) for x in lstm.layers]
+    if not layers:
+        square = np.zeros((lstm.width, 4 * lstm.width))
+        layers = [(square, square, np.zeros(4 * lstm.width))]
+    for i, (entered, recurrent, bias) in enumerate(layers):
+        yield f"{name}.lstm.weight_ih_l{i}", np.transpose(entered)
+        yield f"{name}.lstm.weight_hh_l{i}", np.transpose(recurrent)
+        yield f"{name}.lstm.bias_ih_l{i}", np.asarray(bias)
+        yield f"{name}.lstm.bias_hh_l{i}", np.zeros_like(bias)

@@ -1,0 +1,167 @@
+"""Trains the codec that ships with the package, from nothing: an EnCodec of 16 filters, 24 kHz, 1.5 kbit/s.
+
+    python scripts/train_codec.py OUT [--steps 10000] [--filters 16] ...
+
+Stop it at any time: the same command goes on at the last checkpoint, to the bit. The sound is made as it goes
+(`l2m_jax.sounds`: a pure function of seed and step). OUT gets settings.json, metrics.jsonl, TensorBoard events with
+sound, checkpoints, and at the end codec/, a folder that `--codec` and `transformers.EncodecModel.from_pretrained` load.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import queue
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from flax import nnx
+from rich.console import Console
+
+from l2m_jax.checkpoint import open_checkpoints, restore, saving
+from l2m_jax.codec_training import CodecState, Weights, first_codebooks, quantize, run, start, train_step
+from l2m_jax.config import UserError
+from l2m_jax.encodec import Encodec, EncodecConfig
+from l2m_jax.log import Log
+from l2m_jax.progress import say
+from l2m_jax.publish import save_codec
+from l2m_jax.sounds import make_clip
+
+FREE, BOUND = Weights(waveform=1.0, spectrum=0.1), Weights(waveform=1.0, spectrum=0.4)
+"""Of the loss before and after quantization: pitch first, then timbre."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a run is made of; another value is another run."""
+
+    steps: int = 10_000
+    """All steps, those without quantizer included."""
+    free_steps: int = 1500
+    """Steps of the autoencoder without quantizer, before k-means."""
+    batch: int = 6
+    frames: int = 50
+    """Length of a clip; 75 frames are a second."""
+    filters: int = 16
+    lr: float = 8e-4
+    bound_lr: float = 5e-4
+    """Highest learning rates before and after quantization; both warm up and fall as cosines."""
+    latents: int = 100_000
+    """That k-means sees."""
+    seed: int = 0
+
+
+def main(
+    out: tyro.conf.Positional[Path],
+    settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
+    checkpoint_every: int = 250,
+) -> None:
+    """Trains, or goes on training, the codec in OUT."""
+    console = Console()
+    config = EncodecConfig(
+        num_filters=settings.filters, num_lstm_layers=0, target_bandwidths=(1.5,), num_residual_layers=1
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    stored = out / "settings.json"
+    wanted = dataclasses.asdict(settings)
+    if stored.exists() and json.loads(stored.read_text()) != wanted:
+        raise UserError(f"{out} holds a run with other settings, {stored.read_text()}: choose another folder")
+    stored.write_text(json.dumps(wanted))
+
+    warm = min(200, settings.free_steps // 2)
+    rate = optax.join_schedules(
+        [
+            optax.warmup_cosine_decay_schedule(0, settings.lr, warm, settings.free_steps, settings.lr / 10),
+            optax.warmup_cosine_decay_schedule(
+                0, settings.bound_lr, warm, settings.steps - settings.free_steps, settings.bound_lr / 100
+            ),
+        ],
+        [settings.free_steps],
+    )
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99, weight_decay=1e-4))
+    step = jax.jit(functools.partial(train_step, optimizer=optimizer), static_argnames="quantized", donate_argnums=0)
+    module = Encodec(config, 2, nnx.Rngs(settings.seed))
+    state = start(module, optimizer)
+
+    with open_checkpoints(out, 2) as checkpoints:
+        latest = checkpoints.latest
+        first = 0 if latest is None else latest.step
+        if first:
+            like = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), state)
+            state = restore(out, first, {"state": jax.eval_shape(lambda: state)}, {"state": like})["state"]
+            say(console, f"going on at step {first}")
+        log = Log(out, first, settings.steps, 25, console)
+        for index, sound in _ahead(settings, first):
+            if index == settings.free_steps:
+                say(console, "k-means of the latents")
+                state = state._replace(codebooks=_k_means(state, settings, config))
+            key = jax.random.fold_in(jax.random.key(settings.seed), index)
+            bound = index >= settings.free_steps
+            state, metrics = step(state, sound, key, BOUND if bound else FREE, quantized=bound)
+            log.metrics(index, {name: float(value) for name, value in metrics.items()})
+            if (index + 1) % checkpoint_every == 0 or index + 1 == settings.steps:
+                with saving(out):
+                    checkpoints.save_checkpointables(index + 1, {"state": state})
+            if (index + 1) % (4 * checkpoint_every) == 0:
+                log.audio(index, _listen(state, settings, bound), config.sampling_rate)
+        log.close()
+    module.encoder, module.decoder = state.encoder, state.decoder
+    module.codebooks = nnx.Param(state.codebooks.entries)
+    save_codec(out / "codec", module, config)
+    say(console, f"the codec is in {out / 'codec'}; how good it is: l2m codec song.wav --codec {out / 'codec'}")
+
+
+def _clips(settings: Settings, index: int) -> np.ndarray:
+    seconds = settings.frames / 75
+    first = index * settings.batch
+    return np.stack([make_clip(settings.seed, first + row, seconds) for row in range(settings.batch)])
+
+
+def _ahead(settings: Settings, first: int) -> Iterator[tuple[int, np.ndarray]]:
+    """The clips of each step, made by a thread while the step before is computed."""
+    made: queue.Queue[tuple[int, np.ndarray]] = queue.Queue(8)
+
+    def make() -> None:
+        for index in range(first, settings.steps):
+            made.put((index, _clips(settings, index)))
+
+    threading.Thread(target=make, daemon=True).start()
+    for _ in range(first, settings.steps):
+        yield made.get()
+
+
+def _k_means(state: CodecState, settings: Settings, config: EncodecConfig):
+    """Codebooks of the latents of sound that no step uses."""
+    encode = jax.jit(lambda encoder, sound: run(encoder, sound[..., None]).reshape(-1, config.hidden_size))
+    batches = -(-settings.latents // (settings.batch * settings.frames))
+    other = dataclasses.replace(settings, seed=settings.seed + 1)
+    latents = jnp.concatenate([encode(state.encoder, _clips(other, i)) for i in range(batches)])
+    return first_codebooks(latents, 2, config.codebook_size, jax.random.key(settings.seed))
+
+
+@functools.partial(jax.jit, static_argnames="quantized")
+def _through(state: CodecState, sound: jax.Array, quantized: bool) -> jax.Array:
+    latents = run(state.encoder, sound[..., None])
+    if quantized:
+        latents = quantize(latents[0], state.codebooks, jax.random.key(0))[0][None]
+    return run(state.decoder, latents)[0, :, 0]
+
+
+def _listen(state: CodecState, settings: Settings, quantized: bool) -> np.ndarray:
+    """Four clips of three seconds, each followed by what the codec makes of it."""
+    clips = [
+        make_clip(settings.seed + 2, i, 3.0, kind) for i, kind in enumerate(("solfege", "voice", "string", "mixture"))
+    ]
+    return np.concatenate([x for clip in clips for x in (clip, np.asarray(_through(state, clip[None], quantized)))])
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,111 @@
+"""Training the codec: k-means, moving averages, one step, and the whole script with a stop in the middle."""
+
+import functools
+import runpy
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from l2m_jax.codec_training import (
+    DEAD,
+    DECAY,
+    Codebooks,
+    Weights,
+    first_codebooks,
+    k_means,
+    quantize,
+    spectral_loss,
+    start,
+    train_step,
+)
+from l2m_jax.config import UserError
+from l2m_jax.encodec import Encodec, EncodecConfig
+from l2m_jax.sounds import make_clip
+from l2m_jax.weights import load_codec
+
+CONFIG = EncodecConfig(num_filters=2, hidden_size=8, num_lstm_layers=0, codebook_size=16, target_bandwidths=(0.6,))
+
+
+def test_k_means_finds_clusters():
+    rng = np.random.default_rng(0)
+    middles = rng.normal(size=(8, 4)) * 10
+    points = (middles[np.arange(800) % 8] + rng.normal(size=(800, 4)) * 0.1).astype(np.float32)
+    best = min(
+        (k_means(jnp.asarray(points), 8, 30, jax.random.key(seed)) for seed in range(8)),
+        key=lambda found: float(jnp.min(jnp.sum((points[:, None] - found[0]) ** 2, -1), 1).sum()),
+    )
+    distance = np.linalg.norm(middles[:, None] - np.asarray(best[0]), axis=-1).min(1)
+    assert distance.max() < 0.1 and np.asarray(best[1]).sum() == 800
+
+
+def test_residual_codebooks_leave_less_and_less():
+    latents = jax.random.normal(jax.random.key(0), (4000, 6))
+    books = first_codebooks(latents, 2, 64, jax.random.key(1))
+    one, _ = quantize(latents, Codebooks(books.count[:1], books.total[:1]), jax.random.key(2))
+    two, _ = quantize(latents, books, jax.random.key(2))
+    left = [float(jnp.mean((latents - x) ** 2)) for x in (one, two)]
+    assert left[1] < 0.6 * left[0] < 0.6 * 0.6
+
+
+def test_codebooks_are_moving_averages_and_dead_entries_are_revived():
+    rng = np.random.default_rng(0)
+    entries = jnp.asarray(rng.normal(size=(1, 4, 3)).astype(np.float32)).at[0, 3].set(100.0)  # chosen by nobody
+    latents = jnp.asarray(rng.normal(size=(40, 3)).astype(np.float32))
+    before = Codebooks(jnp.full((1, 4), 10.0).at[0, 3].set(DEAD * 10), entries * 10.0)
+    before = before._replace(total=entries * before.count[..., None])
+    nearest, after = quantize(latents, before, jax.random.key(0))
+    code = np.argmin(np.sum((np.asarray(latents)[:, None] - np.asarray(entries[0])) ** 2, -1), 1)
+    np.testing.assert_allclose(nearest, np.asarray(entries[0])[code], atol=1e-5)
+    for entry in range(3):
+        mine = np.asarray(latents)[code == entry]
+        np.testing.assert_allclose(after.count[0, entry], DECAY * 10 + (1 - DECAY) * len(mine), rtol=1e-5)
+        total = DECAY * 10 * np.asarray(entries[0, entry]) + (1 - DECAY) * mine.sum(0)
+        np.testing.assert_allclose(after.total[0, entry], total, rtol=1e-4, atol=1e-5)
+    assert 3 not in code
+    revived = np.asarray(after.entries[0, 3])
+    assert np.abs(np.asarray(latents) - revived).max(1).min() < 1e-5  # it stands on a latent now
+
+
+def test_spectral_loss_hears_what_is_missing():
+    sound = jnp.asarray(np.stack([make_clip(0, i, 0.3, "voice") for i in range(2)]))
+    assert spectral_loss(sound, sound) == 0
+    assert 0 < spectral_loss(sound, sound * 0.9) < spectral_loss(sound, sound * 0.5) < spectral_loss(sound, sound * 0)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_steps_learn(quantized):
+    optimizer = optax.adam(3e-3)
+    state = start(Encodec(CONFIG, 2, nnx.Rngs(0)), optimizer)
+    sound = jnp.asarray(np.stack([make_clip(0, i, 0.16, "fm") for i in range(2)]))
+    weights = Weights(1.0, 0.1)
+    step = jax.jit(functools.partial(train_step, optimizer=optimizer), static_argnames="quantized")
+    losses, encoder = [], jax.tree.leaves(state.encoder)
+    for i in range(30):
+        state, metrics = step(state, sound, jax.random.key(i), weights, quantized=quantized)
+        losses.append(float(metrics["loss"]))
+    assert np.mean(losses[-3:]) < 0.7 * losses[0]
+    moved = [float(jnp.abs(a - b).max()) for a, b in zip(encoder, jax.tree.leaves(state.encoder))]
+    assert min(moved) > 0  # the gradient goes through the quantizer to every parameter of the encoder
+
+
+def test_the_script_goes_on_to_the_bit(tmp_path):
+    script = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "train_codec.py"))
+    settings = script["Settings"](steps=6, free_steps=2, batch=2, frames=16, filters=2, latents=1200)
+    for name in ("whole", "parts"):
+        script["main"](tmp_path / name, settings, checkpoint_every=2)
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "6")  # as if killed after step 4
+    shutil.rmtree(tmp_path / "parts" / "codec")
+    script["main"](tmp_path / "parts", settings, checkpoint_every=2)
+    whole, parts = ((tmp_path / x / "codec" / "model.safetensors").read_bytes() for x in ("whole", "parts"))
+    assert whole == parts
+    assert len((tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()) == 6
+    codec = load_codec(str(tmp_path / "parts" / "codec"))
+    assert (codec.codebooks, codec.entries, codec.config.num_lstm_layers) == (2, 1024, 0)
+    with pytest.raises(UserError, match="parts holds a run with other settings"):
+        script["main"](tmp_path / "parts", script["Settings"](steps=7, free_steps=2))

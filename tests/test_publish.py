@@ -1,0 +1,55 @@
+"""A codec that is written loads again, here and in transformers."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from l2m_jax.codec import decode, encode
+from l2m_jax.encodec import Encodec, EncodecConfig, Span, State
+from l2m_jax.publish import save_codec
+from l2m_jax.weights import load_codec
+
+SOUND = np.random.default_rng(0).normal(size=6000).astype(np.float32) * 0.1
+
+
+def make(layers: int) -> tuple[Encodec, EncodecConfig]:
+    config = EncodecConfig(num_filters=2, hidden_size=8, num_lstm_layers=layers, codebook_size=64)
+    return Encodec(config, 2, nnx.Rngs(3)), config
+
+
+@pytest.mark.parametrize("layers", [0, 2])
+def test_what_is_saved_loads(tmp_path, layers):
+    module, config = make(layers)
+    save_codec(tmp_path, module, config)
+    codec = load_codec(str(tmp_path), 2)
+    assert codec.config.num_lstm_layers == layers
+    state = State.first(module.encoder, 1)
+    ours, _ = module.embed(jnp.asarray(SOUND[None, :5760]), jnp.array(5760), state)
+    theirs, _ = codec.module.embed(jnp.asarray(SOUND[None, :5760]), jnp.array(5760), state)
+    np.testing.assert_allclose(theirs, ours, atol=3e-3 * float(jnp.abs(ours).max()))  # float16
+    x = jnp.ones((1, 4, 8))
+    first = State.first(module.decoder, 1)
+    heard = [m.decoder(x, Span(jnp.array(4), first.started), first.layers)[0] for m in (module, codec.module)]
+    np.testing.assert_allclose(heard[1], heard[0], atol=3e-3 * float(jnp.abs(heard[0]).max()))
+    assert json.loads((tmp_path / "config.json").read_text())["num_lstm_layers"] == max(layers, 1)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("layers", [0, 2])
+def test_transformers_loads_it(tmp_path, layers):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    save_codec(tmp_path, *make(layers))
+    codec = load_codec(str(tmp_path), 2)
+    model, info = transformers.EncodecModel.from_pretrained(tmp_path, output_loading_info=True, dtype=torch.float32)
+    assert not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert all(".embed_avg" in key or int(key.split(".")[2]) >= 2 for key in info["missing_keys"]), info
+    codes = encode(codec, SOUND)
+    with torch.no_grad():
+        heard = model.decode(torch.tensor(codes.T[None, None]), [None])[0][0, 0].numpy()
+    error = np.abs(decode(codec, codes) - heard).max() / np.abs(heard).max()
+    print(f"\nwaveform {error:.1e} (tolerance 1e-4)")
+    assert error < 1e-4

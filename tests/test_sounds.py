@@ -1,0 +1,36 @@
+"""Procedural sound: repeatable, of every kind, in tune."""
+
+import numpy as np
+import pytest
+
+from l2m_jax.quality import track_pitch
+from l2m_jax.sounds import KINDS, LOUD, NOTES, QUIET, RATE, SHARES, make_clip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_clips_of_each_kind(kind):
+    clips = [make_clip(3, i, 0.7, kind) for i in range(6)]
+    for clip in clips:
+        assert clip.shape == (round(0.7 * RATE),) and clip.dtype == np.float32 and np.isfinite(clip).all()
+        peak = np.abs(clip).max()  # of silence where all of a short clip is a rest
+        assert peak == 0 or 10 ** (QUIET / 20) * 0.999 <= peak <= 10 ** (LOUD / 20) * 1.001
+    np.testing.assert_array_equal(clips[2], make_clip(3, 2, 0.7, kind))
+    assert len({clip.tobytes() for clip in clips}) >= 5
+    assert (make_clip(4, 0, 0.7, kind) != clips[0]).any()
+
+
+def test_kinds_are_drawn_as_often_as_said():
+    assert len(SHARES) == len(KINDS) and sum(SHARES) == pytest.approx(1)
+    assert (make_clip(0, 0, 0.1) != make_clip(0, 1, 0.1)).any()
+
+
+@pytest.mark.parametrize("note", NOTES)
+@pytest.mark.parametrize("hz", [110.0, 261.63, 523.25])
+def test_notes_are_in_tune(note, hz):
+    """Voices tremble by some 40 cents and more; what is tuned is their middle."""
+    errors = []
+    for seed in range(5):
+        found, voiced = track_pitch(note(np.random.default_rng(seed), hz, RATE // 2), RATE)
+        if voiced.sum() > 5:
+            errors.append(abs(1200 * np.log2(np.median(found[voiced]) / hz)))
+    assert len(errors) >= 3 and np.median(errors) < 12
