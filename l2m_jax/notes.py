@@ -49,7 +49,7 @@ def track_notes(samples: Float[np.ndarray, " T"], rate: int) -> list[Note]:
     """
     if len(samples) < SHORTEST * rate:
         return []
-    level, pitch = _voice(np.asarray(samples, np.float32), rate)
+    level, pitch = track_voice(np.asarray(samples, np.float32), rate)
     nearest = np.abs(np.log2(pitch[:, None] / SCALE)).argmin(1)
     voiced = level > max(np.percentile(level, 90) + SILENCE_DB, FLOOR_DB)
     parts = np.zeros(len(level) + 1, bool)  # a note begins at this frame
@@ -77,7 +77,7 @@ def note_accuracy(sung: Sequence[str], lyric: Sequence[str]) -> float:
     return max(0.0, 1 - row[-1] / max(len(lyric), 1))
 
 
-def _voice(samples: Float[np.ndarray, " T"], rate: int) -> tuple[Float[np.ndarray, " F"], Float[np.ndarray, " F"]]:
+def track_voice(samples: Float[np.ndarray, " T"], rate: int) -> tuple[Float[np.ndarray, " F"], Float[np.ndarray, " F"]]:
     """Level in dB and pitch in Hz of the voice, every HOP seconds."""
     hop, window = round(HOP * rate), round(WINDOW * rate)
     padded = np.pad(samples, window // 2)  # frame i is centred at i HOP

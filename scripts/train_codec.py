@@ -16,7 +16,7 @@ import queue
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +33,11 @@ from l2m_jax.encodec import Encodec, EncodecConfig
 from l2m_jax.log import Log
 from l2m_jax.progress import say
 from l2m_jax.publish import save_codec
+from l2m_jax.sharding import path_name
 from l2m_jax.sounds import make_clip
 
-FREE, BOUND = Weights(waveform=1.0, spectrum=0.1), Weights(waveform=1.0, spectrum=0.4)
-"""Of the loss before and after quantization: pitch first, then timbre."""
+FREE, BOUND, POLISH = Weights(1.0, 0.1), Weights(1.0, 0.4), Weights(0.5, 1.0)
+"""Waveform and spectrum in the loss: before quantization, after it, and at the end: pitch first, then timbre."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,9 @@ class Settings:
     """All steps, those without quantizer included."""
     free_steps: int = 1500
     """Steps of the autoencoder without quantizer, before k-means."""
-    batch: int = 6
+    polish_from: int = 5250
+    """From this step on the spectrum counts for more."""
+    batch: int = 4
     frames: int = 50
     """Length of a clip; 75 frames are a second."""
     filters: int = 16
@@ -95,8 +98,11 @@ def main(
         latest = checkpoints.latest
         first = 0 if latest is None else latest.step
         if first:
-            like = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), state)
-            state = restore(out, first, {"state": jax.eval_shape(lambda: state)}, {"state": like})["state"]
+            # By name: Orbax sorts the keys of a tree, and in ours some are numbers and some are words.
+            device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            shapes, placed = _by_name(jax.eval_shape(lambda: state)), _by_name(jax.tree.map(lambda _: device, state))
+            leaves = restore(out, first, {"state": shapes}, {"state": placed})["state"]
+            state = jax.tree.unflatten(jax.tree.structure(state), [leaves[name] for name in _by_name(state)])
             say(console, f"going on at step {first}")
         log = Log(out, first, settings.steps, 25, console)
         for index, sound in _ahead(settings, first):
@@ -105,11 +111,12 @@ def main(
                 state = state._replace(codebooks=_k_means(state, settings, config))
             key = jax.random.fold_in(jax.random.key(settings.seed), index)
             bound = index >= settings.free_steps
-            state, metrics = step(state, sound, key, BOUND if bound else FREE, quantized=bound)
+            weights = POLISH if index >= settings.polish_from else BOUND if bound else FREE
+            state, metrics = step(state, sound, key, weights, quantized=bound)
             log.metrics(index, {name: float(value) for name, value in metrics.items()})
             if (index + 1) % checkpoint_every == 0 or index + 1 == settings.steps:
                 with saving(out):
-                    checkpoints.save_checkpointables(index + 1, {"state": state})
+                    checkpoints.save_checkpointables(index + 1, {"state": _by_name(state)})
             if (index + 1) % (4 * checkpoint_every) == 0:
                 log.audio(index, _listen(state, settings, bound), config.sampling_rate)
         log.close()
@@ -117,6 +124,10 @@ def main(
     module.codebooks = nnx.Param(state.codebooks.entries)
     save_codec(out / "codec", module, config)
     say(console, f"the codec is in {out / 'codec'}; how good it is: l2m codec song.wav --codec {out / 'codec'}")
+
+
+def _by_name(state: Any) -> dict[str, Any]:
+    return {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
 
 
 def _clips(settings: Settings, index: int) -> np.ndarray:
