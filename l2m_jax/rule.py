@@ -1,6 +1,6 @@
 """The rule of sampling: logits to ids. After `log`, before `sample`; it knows nothing of state, cache or loop.
 
-A step's logits pass guidance, repetition control, temperature, top-k, top-p and min-p, in this order; then ids are drawn.
+Logits pass guidance, repetition control, temperature, top-k, top-p and min-p, in this order; then ids are drawn.
 """
 
 from __future__ import annotations
