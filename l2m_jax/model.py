@@ -91,8 +91,13 @@ class Layer(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], memory: Memory) -> Float[Array, "B T D"]:
         """The whole sequence at once (training)."""
-        attended = causal_attention(self.self_attention.queries(x), *self.self_attention.keys_values(x))
-        return self._rest(x, attended, self.cross_attention.keys_values(memory.states), memory.seen)
+        return self.prefill(x, memory)[0]
+
+    def prefill(self, x: Float[Array, "B T D"], memory: Memory) -> tuple[Float[Array, "B T D"], KeysValues]:
+        """The whole sequence at once, with its keys and values for the steps that follow."""
+        kept = self.self_attention.keys_values(x)
+        attended = causal_attention(self.self_attention.queries(x), *kept)
+        return self._rest(x, attended, self.cross_attention.keys_values(memory.states), memory.seen), kept
 
     def step(
         self,

@@ -1,0 +1,78 @@
+"""The rule of sampling: logits to ids. After `log`, before `sample`; it knows nothing of state, cache or loop.
+
+Logits pass guidance, repetition control, temperature, top-k, top-p and min-p, in this order; then ids are drawn.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from l2m_jax.config import SampleConfig
+
+KEPT = np.array([[False, False], [True, False], [True, True]])  # kinds (genre, lyrics) of each variant
+
+
+def coefficients(rule: SampleConfig) -> dict[int, float]:
+    """Weight of each variant, a row of `KEPT`, in the guided logits.
+
+    l(0, 0) + g_genre (l(0, genre) - l(0, 0)) + g_lyrics (l(lyrics, genre) - l(0, genre)), sorted by variant
+    (classifier-free guidance with a weight for each condition: Ho and Salimans, 2022; Brooks et al., 2023).
+    Those of weight 0 are left out, but never the last: it is the model's own distribution.
+    """
+    genre, lyrics = rule.guidance_genre, rule.guidance_lyrics
+    weights = (1 - genre, genre - lyrics, lyrics)
+    return {i: w for i, w in enumerate(weights) if w != 0 or i == len(weights) - 1}
+
+
+def variants(rule: SampleConfig) -> Bool[np.ndarray, "variants kinds"]:
+    """Which kinds (genre, lyrics) each computed variant keeps; the last keeps all."""
+    return KEPT[list(coefficients(rule))]
+
+
+def guide(logits: Float[Array, "B variants J W"], rule: SampleConfig) -> Float[Array, "B J W"]:
+    """The variants' logits, each with its coefficient, added."""
+    if logits.shape[1] == 1:
+        return logits[:, 0]
+    weights = jnp.array(list(coefficients(rule).values()))
+    finite = jnp.isfinite(logits[:, -1])  # ids that pad the space are -inf in all variants
+    return jnp.where(finite, jnp.einsum("bvjw,v->bjw", jnp.where(finite[:, None], logits, 0), weights), -jnp.inf)
+
+
+def penalise(logits: Float[Array, "B J W"], recent: Int[Array, "B R J"], rule: SampleConfig) -> Float[Array, "B J W"]:
+    """Divides the probability of every id among the `recent` ones of its stream by the penalty; -1 is no id.
+
+    Keskar et al. (2019) divide positive logits and multiply negative ones, which depends on where their zero lies;
+    subtracting log(penalty) does not.
+    """
+    said = (recent[..., None] == jnp.arange(logits.shape[-1])).any(1)
+    return logits - jnp.where(said, jnp.log(rule.repetition_penalty), 0.0)
+
+
+def draw(
+    logits: Float[Array, "B J W"], allowed: Bool[Array, "B J W"], keys: Key[Array, " B"], rule: SampleConfig
+) -> Int[Array, "B J"]:
+    """Ids drawn from the allowed logits.
+
+    Temperature first, then the k likeliest (Fan et al., 2018), of them the nucleus of mass p (Holtzman et al., 2020),
+    of them those at least min-p times as likely as the likeliest (Nguyen et al., 2024).
+    """
+    logits = jnp.where(allowed, logits, -jnp.inf)
+    if rule.temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / rule.temperature
+    width = logits.shape[-1]
+    kept = min(rule.top_k or width, width)
+    order = None
+    if kept < width or rule.top_p < 1:
+        logits, order = jax.lax.top_k(logits, kept)
+        if rule.top_p < 1:
+            before = jnp.cumsum(jax.nn.softmax(logits), -1) - jax.nn.softmax(logits)
+            logits = jnp.where(before < rule.top_p, logits, -jnp.inf)
+    if rule.min_p > 0:
+        floor = logits.max(-1, keepdims=True) + jnp.log(rule.min_p)
+        logits = jnp.where(logits >= floor, logits, -jnp.inf)
+    chosen = jax.vmap(jax.random.categorical)(keys, logits)
+    return chosen if order is None else jnp.take_along_axis(order, chosen[..., None], -1)[..., 0]
