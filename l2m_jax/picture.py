@@ -55,14 +55,19 @@ def draw_song(
     _save(plt, figure, path)
 
 
-def draw_spectrograms(path: Path, sounds: dict[str, Float[np.ndarray, " T"]], rate: int) -> None:
-    """Spectrograms one above the other, to compare them by eye."""
+def draw_spectrograms(path: Path, sounds: dict[str, Float[np.ndarray, " T"]], rate: int, columns: int = 1) -> None:
+    """Spectrograms under their names, row by row, to compare them by eye."""
     plt = _pyplot()
-    figure, axes = plt.subplots(len(sounds), 1, figsize=(11, 2.6 * len(sounds)), sharex=True, squeeze=False)
-    for axis, (name, samples) in zip(axes[:, 0], sounds.items()):
+    rows = -(-len(sounds) // columns)
+    size = (max(11, 5.5 * columns), 2.6 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, sharex=True, squeeze=False, layout="constrained")
+    for axis, (name, samples) in zip(axes.flat, sounds.items()):
         _spectrogram(axis, samples, rate)
         axis.set_title(name, fontsize=10)
-    axes[-1, 0].set_xlabel("seconds")
+    longest = max(len(samples) for samples in sounds.values()) / rate
+    for axis in axes.flat[len(sounds) :]:
+        axis.set_axis_off()
+    axes[-1, 0].set(xlabel="seconds", xlim=(0, max(longest, 0.01)))
     _save(plt, figure, path)
 
 

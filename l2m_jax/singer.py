@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from l2m_jax import sample
 from l2m_jax.checkpoint import RunInfo, load_model
 from l2m_jax.codec import Codec, decode, decode_chunk, decoder_state
+from l2m_jax.compiled import keep_compiled
 from l2m_jax.config import UserError
 from l2m_jax.data import prompt_rows
 from l2m_jax.lyrics import (
@@ -94,13 +95,13 @@ class Singer:
         return [songs[i] for i in range(len(requests))]
 
 
-def load(
-    run: str | Path, step: int | None = None, codec: str = "", text_encoder: str = ""
-) -> Singer:
+def load(run: str | Path, step: int | None = None, codec: str = "", text_encoder: str = "") -> Singer:
     """The newest (or given) checkpoint of a run, with its codec and its text encoder, or those named.
 
-    UserError where the run is none, or codec or text encoder are not those that it was trained with.
+    Compiled programs are kept for the next process. UserError where the run is none, or codec or text encoder are not
+    those that it was trained with.
     """
+    keep_compiled()
     model, info, step = load_model(Path(run), step)
     made = info.made_with
     encoders = Encoders(codec or made.codec, made.codebooks, text_encoder or made.text_encoder, made.text_layer)
@@ -134,10 +135,9 @@ def make_task(singer: Singer, request: Request) -> Task:
     """
     rate = singer.codec.frame_rate
     limit = singer.longest if request.seconds is None else request.seconds
-    if max(limit, request.min_seconds) > singer.longest:
-        name = "length limit" if limit > singer.longest else "min-seconds"
-        asked = max(limit, request.min_seconds)
-        raise UserError(f"the {name} is {asked:g} s; allowed: above 0, up to the window of {singer.longest:g} s")
+    for name, asked in (("the length limit", limit), ("min-seconds", request.min_seconds)):
+        if asked > singer.longest:
+            raise UserError(f"{name} is {asked:g} s; allowed: up to the model's window of {singer.longest:g} s")
     most = max(round(limit * rate), 1)
     prompt, warnings = make_prompt(singer, request.lyrics, request.genre)
     given = np.zeros((0, singer.codec.codebooks), np.int32)
@@ -185,49 +185,103 @@ def sing(
         progress(sum(shares) / len(shares))
         if by := stopped():
             break
-    sampled, finished = time.perf_counter(), []
-    for task, song in zip(tasks, songs):
-        since = time.perf_counter()
-        samples = decode(singer.codec, song.codes)
-        decoding = time.perf_counter() - since
-        timings = {"total": sampled - began + decoding, "decoding": decoding}
-        finished.append(_finish(singer, task, song, samples, timings, by) )
-        finished[-1].about["sung_together"] = len(tasks)
-    return finished
+    samples = [decode(singer.codec, song.codes) for song in songs]
+    timings = {"total": time.perf_counter() - began, "songs_together": len(tasks)}
+    return [_song(singer, *one, timings, by) for one in zip(tasks, songs, samples)]
 
 
 class Stream:
-    """A song while it is sung: iterate for (codes [f, K], samples [f x hop]), the next two thirds of a second or so.
+    """A song while it is sung: iterate for (codes [f, K], samples [f x hop]) of 0.64 s each, the last shorter.
 
-    What was given is sounded too. `stop` ends it early, `song` is all that has come so far. The samples are those of the
-    codes decoded at once.
+    A prompt is sounded too. `stop` ends the song early, `song` is all of it that has come. The samples are those that
+    the codes would give if they were decoded at once.
     """
 
     def __init__(self, singer: Singer, request: Request):
         began = time.perf_counter()
         self._singer, self._task = singer, make_task(singer, request)
-        self._sung = sample.Song(np.zeros((0, singer.codec.codebooks), np.int32), False, 0.0)
-        self._samples: list[np.ndarray] = []
-        self._frames, self._by = 0, ""
-        self._busy = time.perf_counter() - began  # without what whoever listens takes between the pieces
-        self._timings = {"first_sound": 0.0, "decoding": 0.0}
+        self._sung = sample.Song(self._task.given[:0], False, 0.0)
+        self._samples = [np.zeros(0, np.float32)]
+        self._by = ""
+        self._timings = {"first_sound": 0.0, "total": time.perf_counter() - began}
+        self._pieces = self._sing()
 
     def __iter__(self) -> Iterator[tuple[Int[np.ndarray, "F K"], Float[np.ndarray, " T"]]]:
-        since, state = time.perf_counter(), decoder_state(self._singer.codec)
-        states = sung(self._singer, [self._task])
-        for last in (False, True):
-            ...
+        return self._pieces
+
+    @property
+    def limit(self) -> float:
+        """Seconds that the song may get."""
+        return self._task.most / self._singer.codec.frame_rate
 
     def stop(self, by: str) -> None:
-        """Sings no further than the segment at hand; what it has is still to come. `by` is told in the song's .json."""
+        """Sings no further; what has been sung by now still comes. The song's .json says that `by` stopped it."""
         self._by = by
 
     def song(self) -> Song:
         """The song as far as it has come out of this stream."""
-        frames = self._frames
-        codes = self._sung.codes[:frames]
-        ...
+        samples = np.concatenate(self._samples)
+        codes = self._sung.codes[: len(samples) // self._singer.codec.hop]
+        return _song(self._singer, self._task, self._sung._replace(codes=codes), samples, self._timings, self._by)
+
+    def _sing(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        since = time.perf_counter()  # what whoever listens does between the pieces is not counted
+        for codes, samples in decode_growing(self._singer.codec, self._growing()):
+            self._samples.append(samples)
+            self._timings["total"] += time.perf_counter() - since
+            self._timings["first_sound"] = self._timings["first_sound"] or self._timings["total"]
+            yield codes, samples
+            since = time.perf_counter()
+
+    def _growing(self) -> Iterator[np.ndarray]:
+        for songs in sung(self._singer, [self._task]):
+            self._sung = songs[0]
+            yield self._sung.codes
+            if self._by:
+                return
 
 
-def _finish(singer, task, song, samples, timings, by) -> Song:
-    ...
+def decode_growing(
+    codec: Codec, growing: Iterator[Int[np.ndarray, "F K"]]
+) -> Iterator[tuple[Int[np.ndarray, "f K"], Float[np.ndarray, " T"]]]:
+    """Codes and their samples, PIECE frames at a time, of codes that get longer; at the end what is left."""
+    codes, done, state = np.zeros((0, codec.codebooks), np.int32), 0, decoder_state(codec)
+    for codes in growing:
+        while len(codes) - done >= PIECE:
+            piece = codes[done : done + PIECE]
+            state, samples = decode_chunk(codec, state, piece)
+            done += PIECE
+            yield piece, samples
+    rest = codes[done:]
+    if len(rest) and not done:  # the left edge is reflected: a song of a few frames is no beginning of a longer one
+        yield rest, decode(codec, rest, PIECE)
+    elif len(rest):
+        padded = np.pad(rest, ((0, PIECE - len(rest)), (0, 0)))  # causal: what comes after changes nothing
+        yield rest, decode_chunk(codec, state, padded)[1][: len(rest) * codec.hop]
+
+
+def _song(
+    singer: Singer, task: Task, song: sample.Song, samples: np.ndarray, timings: dict[str, float], by: str
+) -> Song:
+    """The song with all that is to be said about it; `by` stopped it, where something did."""
+    rate = singer.codec.frame_rate
+    limit = task.most / rate
+    drawn = max(len(song.codes) - len(task.given), 0) * song.codes.shape[1]
+    seconds = len(samples) / singer.codec.rate
+    at_limit = f"the song had not ended at the limit of {limit:g} s"
+    about = {
+        "request": dataclasses.asdict(task.request),
+        "seconds": round(seconds, 3),
+        "given_s": round(len(task.given) / rate, 3),
+        "limit_s": round(limit, 3),
+        "ended_by_itself": song.ended,
+        "cut": None if song.ended else f"stopped by {by} after {seconds:.1f} s" if by else at_limit,
+        "nats_per_code": -song.logprob / max(drawn, 1),
+        "warnings": task.warnings,
+        "run": str(singer.run),
+        "step": singer.step,
+        "made_with": singer.info.made_with._asdict(),
+        "codes_sha256": hashlib.sha256(song.codes.astype("<i4").tobytes()).hexdigest(),
+        "timings_s": {name: round(value, 3) for name, value in timings.items()},
+    }
+    return Song(song.codes, samples, song.ended, about, singer.codec)

@@ -19,6 +19,7 @@ from l2m_jax.codec import Codec, encode
 from l2m_jax.config import UserError
 from l2m_jax.ecdc import read_ecdc, write_ecdc
 
+
 @dataclasses.dataclass(frozen=True)
 class Song:
     """What was sung: its codes, its sound, and what is to be said about it."""
@@ -48,12 +49,16 @@ class Song:
         path = Path(path)
         check_output(path)
         files = [path, *(path.with_suffix(suffix) for suffix in (".ecdc", ".npz", ".json"))]
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.", ignore_cleanup_errors=True) as folder:
+        with tempfile.TemporaryDirectory(
+            dir=path.parent, prefix=f".{path.stem}.", ignore_cleanup_errors=True
+        ) as folder:
             parts = wav, ecdc, npz, described = [Path(folder) / file.name for file in files]
             write_wav(wav, self.samples, self.rate)
             write_ecdc(ecdc, self.codes, len(self.samples), self.codec)
             arrays = io.BytesIO()
-            np.savez(arrays, codes=self.codes.astype(np.int16), codec=self.codec.name, fingerprint=self.codec.fingerprint)
+            np.savez(
+                arrays, codes=self.codes.astype(np.int16), codec=self.codec.name, fingerprint=self.codec.fingerprint
+            )
             write_atomic(npz, arrays.getvalue())
             write_json(described, self.about)
             try:
@@ -99,7 +104,9 @@ def read_sound(path: Path, codec: Codec) -> Int[np.ndarray, "F K"]:
     else:
         return encode(codec, read_audio(path, codec.rate))
     if codes.shape[1] != codec.codebooks:
-        raise UserError(f"{path} has {codes.shape[1]} codebooks; the model has {codec.codebooks}: give the sound itself")
+        raise UserError(
+            f"{path} has {codes.shape[1]} codebooks; the model has {codec.codebooks}: give the sound itself"
+        )
     if codes.size and not 0 <= codes.min() <= codes.max() < codec.entries:
         raise UserError(f"{path} has codes from {codes.min()} to {codes.max()}; allowed: 0 to {codec.entries - 1}")
     return codes
