@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from l2m_jax.audio import pcm16, wav_header, write_wav
 from l2m_jax.codec import decode
@@ -73,18 +72,19 @@ def sing_variations(singer: Singer, request: Request, count: int, batch: int, ou
             progress = functools.partial(_share_of_batch, bar, done, len(together))
             songs += sing(singer, together, progress, lambda: stop.by)
     songs.sort(key=lambda song: (not len(song.codes), song.about["nats_per_code"]))  # an empty one is no good
-    table, sounds = Table("rank", "file", "seed", "nats per code", "seconds", "ended", box=None), {}
+    for warning in task.warnings:
+        say(console, f"warning: {warning}")
+    say(console, "rank  nats per code        seed  seconds  song")
+    sounds = {}
     for rank, song in enumerate(songs, 1):
         path = out.with_name(f"{out.stem}_{rank}.wav")
         song.about["rank"] = rank
         song.save(path)
         seed, nats = song.about["request"]["seed"], f"{song.about['nats_per_code']:.4f}"
-        table.add_row(str(rank), str(path), str(seed), nats, f"{song.seconds:.1f}", song.about["cut"] or "by itself")
+        end = song.about["cut"] or "ended by itself"
+        say(console, f"{rank:4}  {nats:>13}  {seed:10}  {song.seconds:7.1f}  {path} ({end})")
         sounds[f"{rank}: {path.name}, seed {seed}, {nats} nats per code"] = song.samples
     draw_spectrograms(out.with_suffix(".png"), sounds, singer.codec.rate, columns=min(-(-count // 6), 4))
-    for warning in task.warnings:
-        say(console, f"warning: {warning}")
-    console.print(table)
     say(console, f"all of them in one picture: {out.with_suffix('.png')}")
 
 

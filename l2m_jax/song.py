@@ -49,22 +49,22 @@ class Song:
         path = Path(path)
         check_output(path)
         files = [path, *(path.with_suffix(suffix) for suffix in (".ecdc", ".npz", ".json"))]
-        with tempfile.TemporaryDirectory(
-            dir=path.parent, prefix=f".{path.stem}.", ignore_cleanup_errors=True
-        ) as folder:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".song_", ignore_cleanup_errors=True) as folder:
             parts = wav, ecdc, npz, described = [Path(folder) / file.name for file in files]
-            write_wav(wav, self.samples, self.rate)
-            write_ecdc(ecdc, self.codes, len(self.samples), self.codec)
             arrays = io.BytesIO()
             np.savez(
                 arrays, codes=self.codes.astype(np.int16), codec=self.codec.name, fingerprint=self.codec.fingerprint
             )
-            write_atomic(npz, arrays.getvalue())
-            write_json(described, self.about)
             try:
+                write_wav(wav, self.samples, self.rate)
+                write_ecdc(ecdc, self.codes, len(self.samples), self.codec)
+                write_atomic(npz, arrays.getvalue())
+                write_json(described, self.about)
                 files[-1].unlink(missing_ok=True)  # it comes last, and never stands beside the sound of another song
                 for part, file in zip(parts, files):
                     os.replace(part, file)
+            except UserError as error:
+                raise UserError(str(error).replace(str(wav.parent), str(path.parent))) from None
             except OSError as error:
                 raise UserError(f"{path}: cannot be written ({error.strerror})") from error
 
