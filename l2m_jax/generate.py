@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -18,7 +19,7 @@ from l2m_jax.picture import draw_file, draw_spectrograms
 from l2m_jax.progress import Bar, say
 from l2m_jax.request import Line, Request, pack, read_requests
 from l2m_jax.singer import Singer, Stream, Task, make_task, sing
-from l2m_jax.song import check_output, read_npz, write_json
+from l2m_jax.song import Song, check_output, read_npz, write_json
 from l2m_jax.stop import StopSignal
 from l2m_jax.weights import load_codec
 
@@ -48,12 +49,11 @@ def sing_one(singer: Singer, request: Request, out: Path | None, picture: bool, 
             draw_file(out, request.lyrics)
     for warning in song.about["warnings"]:
         say(console, f"warning: {warning}")
-    total, first = (song.about["timings_s"][name] for name in ("total", "first_sound"))
-    speed = (song.seconds - song.about["given_s"]) / max(total, 1e-3)
+    took = song.about["timings_s"]
     say(
         console,
-        f"{out or 'standard output'}: {song.seconds:.1f} s, {song.about['cut'] or 'ended by itself'}; sung in "
-        f"{total:.1f} s ({speed:.2f} times real time), first sound after {first:.1f} s",
+        f"{out or 'standard output'}: {song.seconds:.1f} s, {song.about['cut'] or 'ended by itself'}; "
+        f"{_speed([song], took['total'])}, first sound after {took['first_sound']:.1f} s",
     )
 
 
@@ -63,14 +63,14 @@ def sing_variations(singer: Singer, request: Request, count: int, batch: int, ou
     OUT_1.wav, with its other files, is the likeliest; OUT.png shows all. At most `batch` are sung at the same time.
     After `stop` they are as far as they were sung.
     """
-    console, task, songs = Console(), make_task(singer, request), []
+    began, console, task, songs = time.perf_counter(), Console(), make_task(singer, request), []
     seeds = [request.seed + i for i in range(count)]
     tasks = [task._replace(request=dataclasses.replace(request, seed=seed)) for seed in seeds]
     with Bar(console, "singing", count, "songs") as bar:
-        while len(songs) < count and not stop.by:
-            done, together = len(songs), tasks[len(songs) : len(songs) + batch]
-            progress = functools.partial(_share_of_batch, bar, done, len(together))
-            songs += sing(singer, together, progress, lambda: stop.by)
+        while len(songs) < count and not (songs and stop.by):
+            together = tasks[len(songs) : len(songs) + batch]
+            songs += sing(singer, together, _progress(bar, len(songs), len(together)), lambda: stop.by)
+    took = time.perf_counter() - began
     songs.sort(key=lambda song: (not len(song.codes), song.about["nats_per_code"]))  # an empty one is no good
     for warning in task.warnings:
         say(console, f"warning: {warning}")
@@ -85,11 +85,7 @@ def sing_variations(singer: Singer, request: Request, count: int, batch: int, ou
         say(console, f"{rank:4}  {nats:>13}  {seed:10}  {song.seconds:7.1f}  {path} ({end})")
         sounds[f"{rank}: {path.name}, seed {seed}, {nats} nats per code"] = song.samples
     draw_spectrograms(out.with_suffix(".png"), sounds, singer.codec.rate, columns=min(-(-count // 6), 4))
-    say(console, f"all of them in one picture: {out.with_suffix('.png')}")
-
-
-def _share_of_batch(bar: Bar, done: int, together: int, share: float) -> None:
-    bar.update(round(done + share * together, 1))
+    say(console, f"{_speed(songs, took)}; all in one picture: {out.with_suffix('.png')}")
 
 
 def sing_requests(singer: Singer, path: Path, defaults: Request, batch: int, out: Path, stop: StopSignal) -> int:
@@ -118,7 +114,10 @@ def sing_requests(singer: Singer, path: Path, defaults: Request, batch: int, out
                     ready.append((line, make_task(singer, request)))
                 except UserError as error:
                     failed += _fail(out, path, line, error, console)
-            songs = sing(singer, [task for _, task in ready], stopped=lambda: stop.by) if ready else []
+            if not ready:
+                continue
+            progress = _progress(bar, before + new + failed, len(ready))
+            songs = sing(singer, [task for _, task in ready], progress, lambda: stop.by)
             if stop.by:
                 break
             for (line, task), song in zip(ready, songs):
@@ -126,10 +125,19 @@ def sing_requests(singer: Singer, path: Path, defaults: Request, batch: int, out
                 for warning in task.warnings:
                     say(console, f"warning: {line.name}: {warning}")
             new += len(songs)
-            bar.update(before + new + failed)
     stopped = f"; stopped by {stop.by}, the same command goes on from there" if stop.by else ""
     say(console, f"{before + new} songs of {len(lines)} in {out} ({new} new, {failed} failed){stopped}")
     return failed
+
+
+def _progress(bar: Bar, done: int, songs: int) -> Callable[[float], None]:
+    """Tells the bar of the share of a batch of `songs` songs, after `done` others."""
+    return lambda share: bar.update(round(done + share * songs, 1))
+
+
+def _speed(songs: Sequence[Song], took: float) -> str:
+    sung = sum(song.seconds - song.about["given_s"] for song in songs)
+    return f"{sung:.1f} s sung in {took:.1f} s, {sung / max(took, 1e-3):.2f} times real time"
 
 
 def _is_sung(out: Path, request: Request, singer: Singer) -> bool:

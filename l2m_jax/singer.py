@@ -201,7 +201,7 @@ class Stream:
         began = time.perf_counter()
         self._singer, self._task = singer, make_task(singer, request)
         self._sung = sample.Song(self._task.given[:0], False, 0.0)
-        self._samples = [np.zeros(0, np.float32)]
+        self._frames, self._samples = 0, [decode(singer.codec, self._sung.codes)]
         self._by = ""
         self._timings = {"first_sound": 0.0, "total": time.perf_counter() - began}
         self._pieces = self._sing()
@@ -220,13 +220,16 @@ class Stream:
 
     def song(self) -> Song:
         """The song as far as it has come out of this stream."""
-        samples = np.concatenate(self._samples)
-        codes = self._sung.codes[: len(samples) // self._singer.codec.hop]
-        return _song(self._singer, self._task, self._sung._replace(codes=codes), samples, self._timings, self._by)
+        codes, samples = self._sung.codes[: self._frames], np.concatenate(self._samples)
+        ended = self._sung.ended and len(codes) == len(self._sung.codes)
+        by = self._by or ("" if ended or len(codes) == self._task.most else "its listener")
+        song = self._sung._replace(codes=codes, ended=ended)
+        return _song(self._singer, self._task, song, samples, self._timings, by)
 
     def _sing(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         since = time.perf_counter()  # what whoever listens does between the pieces is not counted
         for codes, samples in decode_growing(self._singer.codec, self._growing()):
+            self._frames += len(codes)
             self._samples.append(samples)
             self._timings["total"] += time.perf_counter() - since
             self._timings["first_sound"] = self._timings["first_sound"] or self._timings["total"]

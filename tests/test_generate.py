@@ -60,7 +60,8 @@ def test_one_song_and_its_picture(singer, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "singing: 0.4 of 0.4 s at most" in said and "warning: lyrics, line 1: section tag [laughs]" in said
     assert re.search(
-        r"🎵.wav: 0.4 s, the song had not ended at the limit of 0.4 s; sung in \d+.\d s .\d+.\d\d times real", said
+        r"🎵.wav: 0.4 s, the song had not ended at the limit of 0.4 s; 0.4 s sung in \d+.\d s, \d+.\d\d times real",
+        said,
     )
 
 

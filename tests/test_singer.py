@@ -107,6 +107,7 @@ def test_a_stream_that_is_stopped_is_a_song_so_far(long_singer):
     stream = long_singer.stream("la", seconds=8, min_seconds=8)
     next(iter(stream))
     assert len(stream.song().codes) == PIECE  # even if nobody asks for more
+    assert stream.song().about["cut"] == "stopped by its listener after 0.6 s"
     stream.stop("SIGINT")
     rest = list(stream)
     song = stream.song()
