@@ -14,15 +14,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
+from l2m_jax.attention import to_pages
 from l2m_jax.config import SampleConfig, UserError
-from l2m_jax.model import KeysValues, Layer, Memory, Prompt, SoundTransformer
+from l2m_jax.model import KeysValues, Layer, Memory, Pages, Prompt, SoundTransformer
 from l2m_jax.rule import draw, guide, penalise, variants
 from l2m_jax.tokens import Layout, padded_length
 
 FIRST, LONGEST = 75, 300  # frames between looks at the host: a stream begins early, and the longer it is the fewer
-SMALLEST_CACHE = 512
+PAGE = 512  # positions; what one product reads of the cache
 
 
 class SampleState(NamedTuple):
@@ -41,7 +42,7 @@ class Context(NamedTuple):
     layers: list[Layer]  # unstacked: slices of the stack would be copied at every step
     lyrics: list[KeysValues]  # of each layer, [R, N, M, H]
     memory: Memory  # [R, M, D]
-    keys: Key[Array, " B"]
+    luck: Float[Array, "B T J"]  # uniform in [0, 1): a number a draw
     given: Int[Array, " B"]  # frames that are said as they were given
     least: Int[Array, " B"]  # frame from which on END may come
     most: Int[Array, " B"]  # frame at which END must come
@@ -55,7 +56,7 @@ class Song(NamedTuple):
     logprob: float  # of the drawn codes under the model's own distribution, natural logarithm
 
 
-Cache = tuple[KeysValues, ...]  # a layer each, [R, N, C, H]
+Cache = tuple[Pages, ...]  # a layer each
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "rule"), donate_argnames=("cache",))
@@ -92,8 +93,7 @@ def _segment(
             recent = jax.lax.dynamic_slice_in_dim(said, first, window, 1)
             recent = jnp.where((first + jnp.arange(window) < position)[:, None], recent, -1)
             guided = penalise(guided, recent, rule)
-        keys = jax.vmap(jax.random.fold_in, (0, None))(context.keys, position)
-        ids = draw(guided, allowed, keys, rule).astype(jnp.int32)
+        ids = draw(guided, allowed, context.luck[:, position], rule).astype(jnp.int32)
         given = layout.target_frames(position) < context.given[:, None]
         ids = jnp.where(given, said[:, position], ids)
         drawn = jnp.where(given, 0.0, jnp.take_along_axis(own, ids[..., None], -1)[..., 0])
@@ -110,26 +110,38 @@ def _segment(
     return jax.lax.while_loop(unfinished, step, (state, cache))
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "count"))
-def _prefill(model: SoundTransformer, memory: Memory, ids: Int[Array, "B C J"], layout: Layout, count: int) -> Cache:
+@functools.partial(jax.jit, static_argnames=("layout", "count", "page"))
+def _prefill(
+    model: SoundTransformer, memory: Memory, ids: Int[Array, "B C J"], layout: Layout, count: int, page: int
+) -> Cache:
     """The cache of C positions whose inputs are known, in one forward pass."""
     x = jnp.repeat(model.embed(ids, layout.place(jnp.arange(ids.shape[1]))), count, axis=0)
     kept = jax.lax.scan(lambda x, layer: layer.prefill(x, memory), x, model.layers)[1]
-    return tuple(jax.tree.map(lambda x, i=i: x[i], kept) for i in range(model.depth))
+    return tuple(Pages(*(to_pages(x[i], page) for x in kept)) for i in range(model.depth))
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames=("shape",))
 def _context(
-    model: SoundTransformer, rows: Prompt, kinds: Array, keys: Array, given: Array, least: Array, most: Array
+    model: SoundTransformer,
+    rows: Prompt,
+    kinds: Bool[Array, "R kinds"],
+    keys: Key[Array, " B"],
+    shape: tuple[int, int],
+    given: Int[Array, " B"],
+    least: Int[Array, " B"],
+    most: Int[Array, " B"],
 ) -> Context:
+    """What stays the same; `shape` is T and J. A draw's luck hangs on its song's key and its position alone."""
     memory, layers = model.memory(rows, kinds), model.unstacked()
     lyrics = [layer.cross_attention.keys_values(memory.states) for layer in layers]
-    return Context(layers, lyrics, memory, keys, given, least, most)
+    steps = jax.vmap(lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(shape[0])))(keys)
+    luck = jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, (shape[1],))))(steps)
+    return Context(layers, lyrics, memory, luck, given, least, most)
 
 
-@functools.partial(jax.jit, static_argnames=("size",))
-def _grow(cache: Array, size: int) -> Array:
-    return jnp.pad(cache, ((0, 0), (0, 0), (0, size - cache.shape[2]), (0, 0)))
+@functools.partial(jax.jit, static_argnames="pages")
+def _grow(cache: Array, pages: int) -> Array:
+    return jnp.pad(cache, ((0, pages - len(cache)), (0, 0), (0, 0)))
 
 
 def sample_states(
@@ -166,27 +178,31 @@ def sample_states(
     prompt, count = jax.tree.map(lambda x: _pad(np.asarray(x), padding), prompt), len(variants(rule))
     tokens = [layout.encode(codes) for codes in given] + [layout.encode(given[0][:0])] * padding
     known = [len(codes) for codes in given] + [0] * padding
+    length, room = layout.length(max(most)), padded_length(layout.length(max(most)))
     context = _context(
         model,
         jax.tree.map(lambda x: np.repeat(x, count, axis=0), prompt),
         np.tile(variants(rule), (songs + padding, 1)),
         jnp.stack([jax.random.key(seed) for seed in [*seeds, *[0] * padding]]),
+        (room, layout.streams),
         np.array(known),
         np.array([max(pair) for pair in zip(map(min, shortest, most), known)] + [0] * padding),
         np.array([*most, *[0] * padding]),  # what pads the batch ends at once
     )
-    length, room = layout.length(max(most)), padded_length(layout.length(max(most)))
     position = min(map(len, given)) * layout.codebooks // layout.streams
     ids = np.stack([t.ids for t in tokens])
-    size = min(SMALLEST_CACHE, room)
+    page = min(PAGE, room)
+    size = page
     while size < position:
-        size = min(2 * size, room)
+        size = _larger(size, page)
+    heads, width = context.lyrics[0].keys.shape[1::2]
+    rows = count * (songs + padding) * heads
     if position:
-        cache = _prefill(model, context.memory, ids[:, :size], layout, count)
+        known_ids = np.pad(ids, ((0, 0), (0, max(size - ids.shape[1], 0)), (0, 0)))[:, :size]
+        cache = list(_prefill(model, context.memory, known_ids, layout, count, page))
     else:
-        heads, width = context.lyrics[0].keys.shape[1::2]
-        empty = (count * (songs + padding), heads, size, width)
-        cache = tuple(KeysValues(jnp.zeros(empty, model.dtype), jnp.zeros(empty, model.dtype)) for _ in context.layers)
+        empty = (rows * (size // page), page, width)
+        cache = [Pages(jnp.zeros(empty, model.dtype), jnp.zeros(empty, model.dtype)) for _ in context.layers]
     state = SampleState(
         position=jnp.array(position),
         heard=jnp.asarray(ids[:, position]),
@@ -199,14 +215,20 @@ def sample_states(
     while position < length:
         stop = min(position + segment, length)
         segment = min(max(segment, stop - done), longest)
-        while stop > cache[0].keys.shape[2]:
-            size = min(2 * cache[0].keys.shape[2], room)
-            cache = tuple(KeysValues(_grow(c.keys, size), _grow(c.values, size)) for c in cache)
-        state, cache = _segment(model, context, state, cache, jnp.array(stop), layout, rule)
+        while stop > size:
+            size = _larger(size, page)
+        for i, layer in enumerate(cache):  # one after the other: never is there more than one layer twice
+            cache[i] = Pages(*(_grow(x, rows * size // page) for x in layer))
+        state, kept = _segment(model, context, state, tuple(cache), jnp.array(stop), layout, rule)
+        cache = list(kept)
         yield SampleState(state.position, *(x[:songs] for x in state[1:]))
         if int(state.position) < stop:  # every song has ended
             return
         position = stop
+
+
+def _larger(size: int, page: int) -> int:
+    return size + -(-size // (4 * page)) * page
 
 
 def _each(value: int | Sequence[int], songs: int) -> list[int]:
