@@ -1,14 +1,12 @@
 """The rule of sampling against brute force in numpy."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from l2m_jax.config import SampleConfig
-from l2m_jax.rule import draw, guide, penalise, variants
+from l2m_jax.rule import draw, guide, make_rule, penalise, variants
 
 
 def numpy_rule(logits: np.ndarray, allowed: np.ndarray, rule: SampleConfig) -> np.ndarray:
@@ -50,7 +48,7 @@ def test_the_rule(rule: SampleConfig, scale: float, shift: float):
     logits[:, 3] = -np.inf  # an id that pads the space
     wide = (jnp.broadcast_to(x, (count, 2, 12)) for x in (logits, allowed))
     luck = jnp.stack([jnp.arange(count) / count] * 2, 1)
-    ids = np.asarray(draw(*wide, luck, rule))
+    ids = np.asarray(draw(*wide, luck, make_rule(rule)))
     for j in range(2):
         expected = numpy_rule(logits[j], allowed[j], rule)
         frequency = np.bincount(ids[:, j], minlength=12) / count
@@ -66,7 +64,9 @@ def test_extreme_luck_draws_what_is_allowed():
     p = np.asarray(jax.nn.softmax(jnp.where(allowed, logits, -jnp.inf)))[0, 0]
     edges = np.clip(np.concatenate([[0.0, 1 - 2**-23], p.cumsum(), np.nextafter(p.cumsum(), 2)]), 0, 1 - 2**-23)
     wide = (jnp.broadcast_to(x, (len(edges), 1, 2176)) for x in (logits, allowed))
-    ids = np.asarray(draw(*wide, jnp.asarray(edges, jnp.float32)[:, None], SampleConfig(top_k=0, temperature=1.0)))
+    ids = np.asarray(
+        draw(*wide, jnp.asarray(edges, jnp.float32)[:, None], make_rule(SampleConfig(top_k=0, temperature=1.0)))
+    )
     assert np.asarray(allowed)[0, 0, ids[:, 0]].all() and (p[ids[:, 0]] > 0).all()
     assert len(np.unique(ids)) > 100
 
@@ -74,14 +74,14 @@ def test_extreme_luck_draws_what_is_allowed():
 def test_ties_stay_in():
     luck = jnp.linspace(0, 0.999, 30)[:, None]
     logits, allowed = jnp.array([[[1.0, 2.0, 1.0, 0.0, 1.0]]] * 30), jnp.ones((30, 1, 5), bool)
-    ids = draw(logits, allowed, luck, SampleConfig(top_k=2, temperature=1.0))
+    ids = draw(logits, allowed, luck, make_rule(SampleConfig(top_k=2, temperature=1.0)))
     assert set(np.asarray(ids).ravel()) == {0, 1, 2, 4}
 
 
 def test_greedy_takes_the_likeliest_allowed():
     logits = jnp.array([[[3.0, 2.0, 1.0]], [[3.0, 2.0, 1.0]]])
     allowed = jnp.array([[[False, True, True]], [[True, True, True]]])
-    assert draw(logits, allowed, jnp.zeros((2, 1)), SampleConfig(temperature=0)).tolist() == [[1], [0]]
+    assert draw(logits, allowed, jnp.zeros((2, 1)), make_rule(SampleConfig(temperature=0))).tolist() == [[1], [0]]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_guidance(lyrics: float, genre: float, computed: int):
     nothing, with_genre, both = logits[:, 0, :, :4], logits[:, 1, :, :4], logits[:, 2, :, :4]
     rows = [(2 * genre_kept + lyrics_kept + 1) // 2 for genre_kept, lyrics_kept in variants(rule).astype(int)]
     assert len(rows) == computed and rows[-1] == 2  # the last is the model's own distribution
-    guided = np.asarray(guide(jnp.asarray(logits[:, rows]), rule))
+    guided = np.asarray(guide(jnp.asarray(logits[:, rows]), make_rule(rule)))
     assert (guided[..., 4] == -np.inf).all()
     expected = nothing + genre * (with_genre - nothing) + lyrics * (both - with_genre)
     np.testing.assert_allclose(guided[..., :4], expected, rtol=1e-5, atol=1e-5)
@@ -104,12 +104,12 @@ def test_guidance(lyrics: float, genre: float, computed: int):
 
 def test_repetition():
     """Each recent id of a stream loses the penalty's share of its odds once, however often it was said."""
-    rng, rule = np.random.default_rng(9), SampleConfig(repetition_penalty=1.7)
+    rng, nats = np.random.default_rng(9), make_rule(SampleConfig(repetition_penalty=1.7)).repetition
+    assert nats is not None and make_rule(SampleConfig()).repetition is None
     logits = rng.normal(size=(2, 2, 6)).astype(np.float32)
     recent = np.array([[[0, 5], [0, 4], [-1, -1]], [[-1, -1], [3, 3], [2, -1]]])
     expected = logits.astype(np.float64)
     for b, j in np.ndindex(2, 2):
         for i in set(recent[b, :, j]) - {-1}:
             expected[b, j, i] -= np.log(1.7)
-    np.testing.assert_allclose(penalise(jnp.asarray(logits), jnp.asarray(recent), rule), expected, rtol=1e-5, atol=1e-6)
-    assert dataclasses.replace(rule, repetition_penalty=1.0) == SampleConfig()
+    np.testing.assert_allclose(penalise(jnp.asarray(logits), jnp.asarray(recent), nats), expected, rtol=1e-5, atol=1e-6)

@@ -13,8 +13,8 @@ from l2m_jax import sample
 from l2m_jax.config import ModelConfig, SampleConfig, UserError
 from l2m_jax.data import prompt_rows
 from l2m_jax.model import Pages, Prompt, SoundTransformer
-from l2m_jax.rule import variants
-from l2m_jax.sample import Song, said, sample_codes, sample_states
+from l2m_jax.rule import make_rule, variants
+from l2m_jax.sample import Context, Song, said, sample_codes, sample_states
 from l2m_jax.tokens import Layout, make_layout
 
 V = 16
@@ -79,7 +79,7 @@ def masks(layout: Layout, songs: list[Song], frames: int, least: int, length: in
 
 
 @each_model
-def test_steps_equal_the_whole_forward_pass(config: ModelConfig):
+def test_steps_equal_the_whole_forward_pass(monkeypatch, config: ModelConfig):
     """Logits position by position through `Layer.step`, from nothing and from a prefilled cache, page after page."""
     model, layout, prompt, keep = make_model(config), make_layout(config), make_prompt(2), jnp.ones((2, 2), bool)
     rng = np.random.default_rng(5)
@@ -101,8 +101,10 @@ def test_steps_equal_the_whole_forward_pass(config: ModelConfig):
     for known in (0, 7):
         caches = [Pages(*(jnp.full((4 * 4, 4, 8), 9.0) for _ in range(2))) for _ in range(2)]
         if known:  # what lies behind the known positions is written before it is read
-            padded = jnp.pad(ids[:, :known], ((0, 0), (0, 16 - known), (0, 0)))
-            caches = list(sample._prefill(model, model.memory(prompt, keep), padded, layout, 1, 4))
+            heard = jnp.where(jnp.arange(64)[None, :, None] < known, jnp.pad(ids[:, 1:], ((0, 0), (0, 54), (0, 0))), -1)
+            context = Context([], [], model.memory(prompt, keep), make_rule(FREE), *[heard] * 4)
+            monkeypatch.setattr(sample, "PAGE", 4)
+            caches = list(sample._prefill(model, context, layout, 16))
         got = []
         for i in range(known, 11):
             logits, caches = step(caches, ids[:, i : i + 1], jnp.array(i))
