@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import collections
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
+from l2m_jax.attention import to_pages
 from l2m_jax.config import SampleConfig, UserError
-from l2m_jax.model import KeysValues, Layer, Memory, Prompt, SoundTransformer
-from l2m_jax.rule import draw, guide, penalise, variants
-from l2m_jax.tokens import Layout, padded_length
+from l2m_jax.model import KeysValues, Layer, Memory, Pages, Prompt, SoundTransformer
+from l2m_jax.rule import Rule, draw, guide, make_rule, penalise, variants
+from l2m_jax.tokens import Layout
 
 FIRST, LONGEST = 75, 300  # frames between looks at the host: a stream begins early, and the longer it is the fewer
-SMALLEST_CACHE = 512
+PAGE = 512  # positions of the cache that one product reads
 
 
 class SampleState(NamedTuple):
@@ -30,7 +32,7 @@ class SampleState(NamedTuple):
 
     position: Int[Array, ""]  # of the target that is drawn next
     heard: Int[Array, "B J"]  # input at that position
-    said: Int[Array, "B T J"]  # targets so far; where codes are given, theirs
+    said: Int[Array, "B T J"]  # targets so far
     end: Int[Array, " B"]  # frame at which each song ended; past the window where it has not
     logprob: Float[Array, " B"]  # of what was drawn, under the model's own distribution
 
@@ -41,8 +43,9 @@ class Context(NamedTuple):
     layers: list[Layer]  # unstacked: slices of the stack would be copied at every step
     lyrics: list[KeysValues]  # of each layer, [R, N, M, H]
     memory: Memory  # [R, M, D]
-    keys: Key[Array, " B"]
-    given: Int[Array, " B"]  # frames that are said as they were given
+    rule: Rule
+    luck: Float[Array, "B T J"]  # uniform in [0, 1): a number a draw
+    given: Int[Array, "B T J"]  # targets that are said as they were given; -1 where they are drawn
     least: Int[Array, " B"]  # frame from which on END may come
     most: Int[Array, " B"]  # frame at which END must come
 
@@ -55,10 +58,10 @@ class Song(NamedTuple):
     logprob: float  # of the drawn codes under the model's own distribution, natural logarithm
 
 
-Cache = tuple[KeysValues, ...]  # a layer each, [R, N, C, H]
+Cache = list[Pages]  # a layer each
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "rule"), donate_argnames=("cache",))
+@functools.partial(jax.jit, static_argnames=("layout", "window"), donate_argnames=("cache",))
 def _segment(
     model: SoundTransformer,
     context: Context,
@@ -66,11 +69,10 @@ def _segment(
     cache: Cache,
     stop: Int[Array, ""],
     layout: Layout,
-    rule: SampleConfig,
+    window: int,
 ) -> tuple[SampleState, Cache]:
-    """Positions up to `stop`, or until every song has said all of its codes."""
-    songs, count = state.heard.shape[0], len(variants(rule))
-    window = min(rule.repetition_window * layout.codebooks // layout.streams, state.said.shape[1])
+    """Positions up to `stop`, or until every song has said all of its codes; `window` is repetition control's."""
+    songs, count = state.heard.shape[0], len(context.rule.guidance)
 
     def unfinished(carry: tuple[SampleState, Cache]) -> Array:
         state = carry[0]
@@ -86,17 +88,16 @@ def _segment(
         logits = model.logits(x).reshape(songs, count, layout.streams, -1)
         allowed = layout.allowed(position, end, context.least, context.most)
         own = jax.nn.log_softmax(jnp.where(allowed, logits[:, -1], -jnp.inf))
-        guided = guide(logits, rule)
-        if rule.repetition_penalty != 1:
+        logits = guide(logits, context.rule)
+        if context.rule.repetition is not None:
             first = jnp.maximum(position - window, 0)
             recent = jax.lax.dynamic_slice_in_dim(said, first, window, 1)
             recent = jnp.where((first + jnp.arange(window) < position)[:, None], recent, -1)
-            guided = penalise(guided, recent, rule)
-        keys = jax.vmap(jax.random.fold_in, (0, None))(context.keys, position)
-        ids = draw(guided, allowed, keys, rule).astype(jnp.int32)
-        given = layout.target_frames(position) < context.given[:, None]
-        ids = jnp.where(given, said[:, position], ids)
-        drawn = jnp.where(given, 0.0, jnp.take_along_axis(own, ids[..., None], -1)[..., 0])
+            logits = penalise(logits, recent, context.rule.repetition)
+        ids = draw(logits, allowed, context.luck[:, position], context.rule).astype(jnp.int32)
+        given = context.given[:, position]
+        drawn = jnp.where(given < 0, jnp.take_along_axis(own, ids[..., None], -1)[..., 0], 0.0)
+        ids = jnp.where(given < 0, ids, given)
         ended = ids[:, 0] == layout.end
         after = SampleState(
             position=position + 1,
@@ -105,31 +106,61 @@ def _segment(
             end=jnp.where(ended, jnp.minimum(end, layout.target_frames(position)[0]), end),
             logprob=logprob + drawn.sum(-1),
         )
-        return after, tuple(kept)
+        return after, kept
 
     return jax.lax.while_loop(unfinished, step, (state, cache))
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "count"))
-def _prefill(model: SoundTransformer, memory: Memory, ids: Int[Array, "B C J"], layout: Layout, count: int) -> Cache:
-    """The cache of C positions whose inputs are known, in one forward pass."""
-    x = jnp.repeat(model.embed(ids, layout.place(jnp.arange(ids.shape[1]))), count, axis=0)
-    kept = jax.lax.scan(lambda x, layer: layer.prefill(x, memory), x, model.layers)[1]
-    return tuple(jax.tree.map(lambda x, i=i: x[i], kept) for i in range(model.depth))
+@functools.partial(jax.jit, static_argnames=("layout", "size"))
+def _prefill(model: SoundTransformer, context: Context, layout: Layout, size: int) -> Cache:
+    """The cache of `size` positions with their inputs given, in one forward pass; those not given are written later."""
+    heard = jnp.pad(context.given, ((0, 0), (1, max(size - layout.positions, 0)), (0, 0)), constant_values=layout.bos)
+    heard = jnp.where(heard < 0, layout.pad, heard)[:, :size]
+    x = jnp.repeat(model.embed(heard, layout.place(jnp.arange(size))), len(context.rule.guidance), axis=0)
+    kept = jax.lax.scan(lambda x, layer: layer.prefill(x, context.memory), x, model.layers)[1]
+    return [Pages(*(to_pages(x[i], min(PAGE, size)) for x in kept)) for i in range(model.depth)]
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames=("layout",))
 def _context(
-    model: SoundTransformer, rows: Prompt, kinds: Array, keys: Array, given: Array, least: Array, most: Array
+    model: SoundTransformer,
+    rule: Rule,
+    rows: Prompt,
+    kinds: Bool[Array, "R kinds"],
+    keys: Key[Array, " B"],
+    given: Int[Array, "B T J"],
+    least: Int[Array, " B"],
+    most: Int[Array, " B"],
+    layout: Layout,
 ) -> Context:
+    """What stays the same. A draw's luck hangs on its song's key and its position alone."""
     memory, layers = model.memory(rows, kinds), model.unstacked()
     lyrics = [layer.cross_attention.keys_values(memory.states) for layer in layers]
-    return Context(layers, lyrics, memory, keys, given, least, most)
+
+    def fortune(key: Array, position: Array) -> Array:
+        return jax.random.uniform(jax.random.fold_in(key, position), (layout.streams,))
+
+    luck = jax.vmap(jax.vmap(fortune, (None, 0)), (0, None))(keys, jnp.arange(layout.positions))
+    return Context(layers, lyrics, memory, rule, luck, given, least, most)
 
 
-@functools.partial(jax.jit, static_argnames=("size",))
-def _grow(cache: Array, size: int) -> Array:
-    return jnp.pad(cache, ((0, 0), (0, 0), (0, size - cache.shape[2]), (0, 0)))
+def grow(cache: Cache, pages: int) -> None:
+    """Gives every layer more pages, one after the other: never is there more than one of them twice."""
+    for i, layer in enumerate(cache):
+        if len(layer.keys) < pages:
+            cache[i] = Pages(*(_longer(x, pages) for x in layer))
+
+
+@functools.partial(jax.jit, static_argnames="pages")
+def _longer(x: Float[Array, "P G H"], pages: int) -> Float[Array, "pages G H"]:
+    return jnp.pad(x, ((0, pages - len(x)), (0, 0), (0, 0)))
+
+
+def cache_size(positions: int, layout: Layout) -> int:
+    """Positions of the cache in which `positions` are run: few sizes are few compilations, small steps little waste."""
+    page = min(PAGE, layout.positions)
+    step = page * (1 if positions <= page else 2 if positions <= 16 * page else 4)
+    return min(-(-positions // step) * step, -(-layout.positions // page) * page)
 
 
 def sample_states(
@@ -140,7 +171,7 @@ def sample_states(
     seeds: Sequence[int],
     frames: int | Sequence[int],
     least: int | Sequence[int] = 0,
-    given: Sequence[np.ndarray] | None = None,
+    given: Sequence[Int[np.ndarray, "_ K"]] | None = None,
 ) -> Iterator[SampleState]:
     """The state after every segment; the last one is whole.
 
@@ -151,70 +182,83 @@ def sample_states(
     """
     songs = len(seeds)
     most, shortest = _each(frames, songs), _each(least, songs)
-    if not 0 < min(most) <= max(most) <= layout.frames:
-        wrong = next(n for n in most if not 0 < n <= layout.frames)
-        raise UserError(f"the length limit is {wrong} frames; allowed: 1 to the model's window of {layout.frames}")
     given = [np.zeros((0, layout.codebooks), np.int32)] * songs if given is None else given
-    for codes, limit in zip(given, most):
-        if len(codes) > limit:
-            raise UserError(f"{len(codes)} frames are given, the song may get {limit}: give fewer, or allow more")
-        if codes.size and not 0 <= codes.min() <= codes.max() < layout.entries:
-            raise UserError(
-                f"given codes reach from {codes.min()} to {codes.max()}; allowed: 0 to {layout.entries - 1}"
-            )
-    padding = (1 << (songs - 1).bit_length()) - songs
-    prompt, count = jax.tree.map(lambda x: _pad(np.asarray(x), padding), prompt), len(variants(rule))
-    tokens = [layout.encode(codes) for codes in given] + [layout.encode(given[0][:0])] * padding
-    known = [len(codes) for codes in given] + [0] * padding
-    context = _context(
-        model,
-        jax.tree.map(lambda x: np.repeat(x, count, axis=0), prompt),
-        np.tile(variants(rule), (songs + padding, 1)),
-        jnp.stack([jax.random.key(seed) for seed in [*seeds, *[0] * padding]]),
-        np.array(known),
-        np.array([max(pair) for pair in zip(map(min, shortest, most), known)] + [0] * padding),
-        np.array([*most, *[0] * padding]),  # what pads the batch ends at once
-    )
-    length, room = layout.length(max(most)), padded_length(layout.length(max(most)))
-    position = min(map(len, given)) * layout.codebooks // layout.streams
-    ids = np.stack([t.ids for t in tokens])
-    size = min(SMALLEST_CACHE, room)
-    while size < position:
-        size = min(2 * size, room)
+    _check(layout, most, given)
+    context = _start(model, layout, prompt, rule, seeds, most, shortest, given)
+    position = min(map(len, given)) * layout.codebooks // layout.streams  # the first that is not given to every song
+    size, page = cache_size(position + 1, layout), cache_size(1, layout)
+    rows = math.prod(context.lyrics[0].keys.shape[:2])  # of a page
     if position:
-        cache = _prefill(model, context.memory, ids[:, :size], layout, count)
+        cache = _prefill(model, context, layout, size)
     else:
-        heads, width = context.lyrics[0].keys.shape[1::2]
-        empty = (count * (songs + padding), heads, size, width)
-        cache = tuple(KeysValues(jnp.zeros(empty, model.dtype), jnp.zeros(empty, model.dtype)) for _ in context.layers)
+        empty = jnp.zeros((rows * size // page, page, context.lyrics[0].keys.shape[-1]), model.dtype)
+        cache = [Pages(empty.copy(), empty.copy()) for _ in context.layers]
+    said = jnp.where(context.given < 0, layout.pad, context.given)
     state = SampleState(
         position=jnp.array(position),
-        heard=jnp.asarray(ids[:, position]),
-        said=jnp.asarray(np.stack([t.targets[:room] for t in tokens])),
-        end=jnp.full(songs + padding, layout.frames + 1),
-        logprob=jnp.zeros(songs + padding),
+        heard=said[:, position - 1] if position else jnp.full_like(said[:, 0], layout.bos),
+        said=said,
+        end=jnp.where(jnp.arange(len(said)) < songs, layout.frames + 1, 0),  # what pads the batch has ended
+        logprob=jnp.zeros(len(said)),
     )
-    segment = FIRST * layout.codebooks // layout.streams
-    longest, done = segment * LONGEST // FIRST, position
-    while position < length:
-        stop = min(position + segment, length)
-        segment = min(max(segment, stop - done), longest)
-        while stop > cache[0].keys.shape[2]:
-            size = min(2 * cache[0].keys.shape[2], room)
-            cache = tuple(KeysValues(_grow(c.keys, size), _grow(c.values, size)) for c in cache)
-        state, cache = _segment(model, context, state, cache, jnp.array(stop), layout, rule)
+    window = min(rule.repetition_window * layout.codebooks // layout.streams, layout.positions)
+    window = window if context.rule.repetition is not None else 0
+    begun, stretch = position, FIRST * layout.codebooks // layout.streams
+    while position < layout.length(max(most)):
+        stop = min(position + stretch, layout.length(max(most)))
+        stretch = min(max(stretch, stop - begun), LONGEST * layout.codebooks // layout.streams)
+        grow(cache, rows * cache_size(stop, layout) // page)
+        state, cache = _segment(model, context, state, cache, jnp.array(stop), layout, window)
         yield SampleState(state.position, *(x[:songs] for x in state[1:]))
         if int(state.position) < stop:  # every song has ended
             return
         position = stop
 
 
+def _check(layout: Layout, most: list[int], given: Sequence[np.ndarray]) -> None:
+    for limit, codes in zip(most, given):
+        if not 0 < limit <= layout.frames:
+            raise UserError(f"the length limit is {limit} frames; allowed: 1 to the model's window of {layout.frames}")
+        if len(codes) > limit:
+            raise UserError(f"{len(codes)} frames are given and the song may get {limit}: give fewer, or allow more")
+        if codes.size and not 0 <= codes.min() <= codes.max() < layout.entries:
+            raise UserError(f"given codes are {codes.min()} to {codes.max()}; allowed: 0 to {layout.entries - 1}")
+
+
+def _start(
+    model: SoundTransformer,
+    layout: Layout,
+    prompt: Prompt,
+    config: SampleConfig,
+    seeds: Sequence[int],
+    most: list[int],
+    least: list[int],
+    given: Sequence[np.ndarray],
+) -> Context:
+    """The context of a batch that is padded to 1, 2, 4, 8, ... songs with copies of the first."""
+    kinds = variants(config)
+    batch = 1 << (len(seeds) - 1).bit_length()
+
+    def pad(values: np.ndarray) -> np.ndarray:
+        return np.concatenate([values, np.repeat(values[:1], batch - len(values), axis=0)])
+
+    frame = np.asarray(jax.vmap(layout.target_frames)(jnp.arange(layout.positions)))
+    targets = [np.where(frame < len(codes), layout.encode(codes).targets, -1) for codes in given]
+    return _context(
+        model,
+        make_rule(config),
+        jax.tree.map(lambda x: np.repeat(pad(np.asarray(x)), len(kinds), axis=0), prompt),
+        np.tile(kinds, (batch, 1)),
+        jnp.stack([jax.random.key(seed) for seed in pad(np.array(seeds, np.uint32))]),
+        pad(np.stack(targets)),
+        pad(np.minimum(np.maximum(least, [len(codes) for codes in given]), most)),
+        pad(np.array(most)),
+        layout,
+    )
+
+
 def _each(value: int | Sequence[int], songs: int) -> list[int]:
     return [value] * songs if isinstance(value, int) else list(value)
-
-
-def _pad(rows: np.ndarray, count: int) -> np.ndarray:
-    return np.concatenate([rows, np.repeat(rows[:1], count, axis=0)])
 
 
 def said(state: SampleState, layout: Layout, frames: int | Sequence[int]) -> list[Song]:

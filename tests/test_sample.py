@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +12,9 @@ from flax import nnx
 from l2m_jax import sample
 from l2m_jax.config import ModelConfig, SampleConfig, UserError
 from l2m_jax.data import prompt_rows
-from l2m_jax.model import KeysValues, Prompt, SoundTransformer
-from l2m_jax.rule import variants
-from l2m_jax.sample import Song, said, sample_codes, sample_states
+from l2m_jax.model import Pages, Prompt, SoundTransformer
+from l2m_jax.rule import make_rule, variants
+from l2m_jax.sample import Context, Song, said, sample_codes, sample_states
 from l2m_jax.tokens import Layout, make_layout
 
 V = 16
@@ -80,8 +79,8 @@ def masks(layout: Layout, songs: list[Song], frames: int, least: int, length: in
 
 
 @each_model
-def test_steps_equal_the_whole_forward_pass(config: ModelConfig):
-    """Logits position by position through `Layer.step`, in strides of one and of five."""
+def test_steps_equal_the_whole_forward_pass(monkeypatch, config: ModelConfig):
+    """Logits position by position through `Layer.step`, from nothing and from a prefilled cache, page after page."""
     model, layout, prompt, keep = make_model(config), make_layout(config), make_prompt(2), jnp.ones((2, 2), bool)
     rng = np.random.default_rng(5)
     ids = jnp.asarray(
@@ -90,29 +89,36 @@ def test_steps_equal_the_whole_forward_pass(config: ModelConfig):
     expected = np.asarray(forward(model, layout, ids, prompt, keep))[..., : layout.pad + 1]
 
     @jax.jit
-    def step(caches: list[KeysValues], ids, position):
+    def step(caches: list[Pages], ids, position):
         memory = model.memory(prompt, keep)
-        x, new = model.embed(ids, layout.place(position + jnp.arange(ids.shape[1]))), []
+        x, new = model.embed(ids, layout.place(position[None])), []
         for layer, cache in zip(model.unstacked(), caches):
             lyrics = layer.cross_attention.keys_values(memory.states)
             x, cache = layer.step(x, cache, lyrics, memory.seen, position)
             new.append(cache)
         return model.logits(x), new
 
-    caches, got = [KeysValues(*(jnp.full((2, 2, 16, 8), 9.0) for _ in range(2))) for _ in range(2)], []
-    for a, b in itertools.pairwise([0, 1, 6, 7, 8, 9, 10, 11]):
-        logits, caches = step(caches, ids[:, a:b], jnp.array(a))
-        got.append(np.asarray(logits)[..., : layout.pad + 1])
-    error = np.abs(np.concatenate(got, 1) - expected).max() / np.abs(expected).max()
-    print(f"logits from the cache: relative error {error:.1e}, tolerance 1e-05")
-    assert error <= 1e-5
+    for known in (0, 7):
+        caches = [Pages(*(jnp.full((4 * 4, 4, 8), 9.0) for _ in range(2))) for _ in range(2)]
+        if known:  # what lies behind the known positions is written before it is read
+            heard = jnp.where(jnp.arange(64)[None, :, None] < known, jnp.pad(ids[:, 1:], ((0, 0), (0, 54), (0, 0))), -1)
+            context = Context([], [], model.memory(prompt, keep), make_rule(FREE), *[heard] * 4)
+            monkeypatch.setattr(sample, "PAGE", 4)
+            caches = list(sample._prefill(model, context, layout, 16))
+        got = []
+        for i in range(known, 11):
+            logits, caches = step(caches, ids[:, i : i + 1], jnp.array(i))
+            got.append(np.asarray(logits)[..., : layout.pad + 1])
+        error = np.abs(np.concatenate(got, 1) - expected[:, known:]).max() / np.abs(expected).max()
+        print(f"logits from the cache, {known} prefilled: relative error {error:.1e}, tolerance 1e-05")
+        assert error <= 1e-5
 
 
 @each_model
-@pytest.mark.parametrize("rule, cache", [(GREEDY, 48), (FREE, 64)], ids=["greedy-growing", "free"])
-def test_songs_equal_the_whole_forward_pass(monkeypatch, config: ModelConfig, rule: SampleConfig, cache: int):
+@pytest.mark.parametrize("rule, page", [(GREEDY, 16), (FREE, 64)], ids=["greedy-growing", "free"])
+def test_songs_equal_the_whole_forward_pass(monkeypatch, config: ModelConfig, rule: SampleConfig, page: int):
     """A greedy song is the argmax of the forward pass on it, a drawn one has its probability, as caches grow."""
-    monkeypatch.setattr(sample, "SMALLEST_CACHE", cache)
+    monkeypatch.setattr(sample, "PAGE", page)
     monkeypatch.setattr(sample, "FIRST", 10)
     layout, prompt, frames = make_layout(config), make_prompt(4), config.frames
     least = frames if rule is GREEDY else 3
@@ -196,16 +202,16 @@ def test_each_song_ends_on_its_own(monkeypatch, config: ModelConfig):
     """Songs of one batch end at their own times, what comes after changes none of them, and the loop stops early."""
     monkeypatch.setattr(sample, "FIRST", 8)
     layout, prompt, seeds = make_layout(config), make_prompt(4), [8, 9, 10, 11]
-    states = sample_states(make_model(config, 1.0), layout, prompt, FREE, seeds, config.frames)
+    states = sample_states(make_model(config, 1.5), layout, prompt, FREE, seeds, config.frames)
     lasts = [int(state.position) for state in states]
-    songs, targets = run(config, prompt, FREE, seeds, config.frames, end_bias=1.0)
+    songs, targets = run(config, prompt, FREE, seeds, config.frames, end_bias=1.5)
     lengths = [len(song.codes) for song in songs]
     print(f"frames of each song: {lengths}; positions after each segment: {lasts}")
     assert len(set(lengths)) > 2 and max(lengths) < config.frames and all(song.ended for song in songs)
     assert lasts[-1] == layout.length(max(lengths))
     for song, row in zip(songs, targets):
         np.testing.assert_array_equal(row, layout.encode(song.codes).targets)
-    fewer = run(config, prompt, FREE, seeds, sorted(lengths)[2], end_bias=1.0)[0]
+    fewer = run(config, prompt, FREE, seeds, sorted(lengths)[2], end_bias=1.5)[0]
     for song, short in zip(songs, fewer):  # a limit cuts the longer songs and leaves the others as they are
         np.testing.assert_array_equal(short.codes, song.codes[: len(short.codes)])
 
