@@ -114,6 +114,7 @@ def sing_requests(singer: Singer, path: Path, defaults: Request, batch: int, out
                     ready.append((line, make_task(singer, request)))
                 except UserError as error:
                     failed += _fail(out, path, line, error, console)
+            bar.update(before + new + failed)
             if not ready:
                 continue
             progress = _progress(bar, before + new + failed, len(ready))

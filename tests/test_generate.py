@@ -99,7 +99,7 @@ def test_variations_are_ranked_by_likelihood(singer, tmp_path, capsys):
 
 
 def test_variations_that_are_stopped_are_kept_as_far_as_they_came(singer, tmp_path):
-    sing_variations(singer, Request(lyrics="la", seconds=LENGTH), 4, 2, tmp_path / "song.wav", Stop(2))
+    sing_variations(singer, Request(lyrics="la", seconds=LENGTH), 4, 2, tmp_path / "song.wav", Stop(1))
     assert {"song_1.wav", "song_2.wav", "song.png"} < set(files(tmp_path)) and "song_3.wav" not in files(tmp_path)
     assert "stopped by SIGINT" in json.loads((tmp_path / "song_1.json").read_text())["cut"]
 
