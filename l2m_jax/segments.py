@@ -19,8 +19,13 @@ SCALE = 0.1
 
 def cut(samples: Float[np.ndarray, "T ..."], config: EncodecConfig) -> list[Float[np.ndarray, "_ ..."]]:
     """The segments of a sound."""
-    starts = range(0, len(samples), config.segment_stride)
-    return [samples[start : start + config.segment] for start in starts]
+    lengths = segment_lengths(len(samples), config)
+    return [samples[i * config.segment_stride :][:length] for i, length in enumerate(lengths)]
+
+
+def segment_lengths(samples: int, config: EncodecConfig) -> list[int]:
+    """Samples of each segment of a sound of T samples."""
+    return [min(config.segment, samples - start) for start in range(0, samples, config.segment_stride)]
 
 
 def loudness(segment: Float[np.ndarray, "T ..."]) -> float:
@@ -46,7 +51,8 @@ def join(segments: list[Float[np.ndarray, "_ ..."]], config: EncodecConfig) -> F
     """Overlap-add of the segments' sounds; each fades in and out over what it has in common with its neighbours.
 
     The weights are a triangle over the segment, and where segments overlap they are divided by their sum, as in the
-    published models.
+    published models. T is the longest sound that is cut into segments of so many frames; theirs ends up to a segment's
+    overlap later, for the caller to cut.
     """
     stride = config.segment_stride
     length = stride * (len(segments) - 1) + len(segments[-1])
@@ -57,4 +63,7 @@ def join(segments: list[Float[np.ndarray, "_ ..."]], config: EncodecConfig) -> F
         weight, place = triangle[: len(segment)], slice(i * stride, i * stride + len(segment))
         joined[place] += (weight * segment.T).T
         total[place] += weight
-    return (joined.T / total).T
+    last = min(len(segments[-1]), stride)
+    if len(segments) > 1 and len(segments[-2]) < config.segment:
+        last = min(last, len(segments[-2]) - stride)
+    return (joined.T / total).T[: stride * (len(segments) - 1) + last]

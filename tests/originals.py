@@ -69,8 +69,8 @@ def make(name: str, root: Path) -> Originals:
     with torch.no_grad():
         sound = torch.from_numpy(music(model.sample_rate, model.sample_rate, model.channels))
         sound = sound.reshape(1, -1, model.channels)
-        # As in trained codecs, sound passes with about its loudness, latents lie around 0, and each codebook takes little
-        # from what the ones before it leave: else the last codes would be a matter of rounding.
+        # As in trained codecs, sound passes with about its loudness, latents lie around 0, and each codebook takes
+        # little from what the ones before it leave: else the last codes would be a matter of rounding.
         for key, gain in model.encoder.named_parameters():
             gain.mul_(2 if key.endswith("weight_g") else 1)
         rest = model.encoder(sound.mT / (sound.mean(2).std() if model.normalize else 1))[0].T

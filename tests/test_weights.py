@@ -151,8 +151,8 @@ def test_published_codecs_agree_with_both_originals(originals, name, bandwidth):
     for original, (codes, wave) in expected.items():
         check(f"{name} {bandwidth} kbit/s: codes unlike {original}'s", float(np.mean(song.codes != codes)), 1e-3)
         assert len(np.unique(codes)) > 60  # parity of codes that are all the same would prove nothing
-        theirs = wave[0].T.numpy().reshape(-1, *samples.shape[1:])
-        ours = decode(codec, codes.astype(np.int32), scales=song.scales)
+        theirs = wave[0].T.numpy().reshape(-1, *samples.shape[1:])[: len(samples)]
+        ours = decode(codec, codes.astype(np.int32), scales=song.scales)[: len(samples)]
         check(f"{name} {bandwidth} kbit/s: waveform unlike {original}'s", relative(ours, theirs), 1e-4)
 
 
@@ -187,4 +187,6 @@ def test_the_shortest_last_segment_is_metas_too(originals):
     codes = np.concatenate([codes[0].T.numpy() for codes, _ in frames]).astype(np.int32)
     check("scales", relative(song.scales, np.array([float(scale) for _, scale in frames])), 1e-6)
     check("codes that differ", float(np.mean(song.codes != codes)), 1e-3)
-    check("waveform", relative(decode(codec, codes, scales=song.scales), wave), 1e-4)
+    ours = decode(codec, codes, scales=song.scales)
+    assert len(samples) <= len(ours) == 47_520 + 160
+    check("waveform", relative(ours, wave[: len(ours)]), 1e-4)
