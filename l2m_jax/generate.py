@@ -164,10 +164,10 @@ def decode_file(path: Path, out: Path, codec_name: str = "solfege") -> float:
     check_output(out)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    length = None
+    length, scales = None, None
     if path.suffix.lower() == ".ecdc":
         codec = load_codec(codec_name)
-        codes, length = read_ecdc(path, codec)
+        codes, length, scales = read_ecdc(path, codec)
         codec = codec if codes.shape[1] == codec.codebooks else load_codec(codec_name, codes.shape[1])
     elif path.suffix.lower() == ".npz":
         codes, name, fingerprint = read_npz(path)
@@ -176,6 +176,6 @@ def decode_file(path: Path, out: Path, codec_name: str = "solfege") -> float:
             raise UserError(f"{path} has codes of {name} [{fingerprint}], not of {codec.name}: name it with --codec")
     else:
         raise UserError(f"{path}: a .ecdc or a .npz is needed")
-    samples = decode(codec, codes)[:length]
+    samples = decode(codec, codes, scales=scales)[:length]
     write_wav(out, samples, codec.rate)
     return len(samples) / codec.rate
