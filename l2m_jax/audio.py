@@ -73,17 +73,18 @@ def write_wav(path: str | Path, samples: Float[np.ndarray, "T ..."], rate: int) 
     write_atomic(path, wav.getvalue())
 
 
-def wav_header(rate: int) -> bytes:
-    """Of a 16-bit mono WAV whose length nobody knows yet: it claims the longest there is, and players read to the end.
+def wav_header(rate: int, channels: int = 1) -> bytes:
+    """Of a 16-bit WAV whose length nobody knows yet: it claims the longest there is, and players read to the end.
 
     What follows is `pcm16`; wherever the file ends, it is a whole WAV.
     """
     length = 0xFFFFFFFF
-    fmt = struct.pack("<IHHIIHH", 16, 1, 1, rate, 2 * rate, 2, 16)  # PCM, 1 channel, 2 bytes a sample
+    frame = 2 * channels  # bytes
+    fmt = struct.pack("<IHHIIHH", 16, 1, channels, rate, frame * rate, frame, 16)  # PCM
     return struct.pack("<4sI8s", b"RIFF", length, b"WAVEfmt ") + fmt + struct.pack("<4sI", b"data", length)
 
 
-def pcm16(samples: Float[np.ndarray, " T"]) -> bytes:
+def pcm16(samples: Float[np.ndarray, "T ..."]) -> bytes:
     """Samples as `write_wav` writes them, without a header."""
     raw = io.BytesIO()
     soundfile.write(raw, np.clip(samples, -1, 1), 1, "PCM_16", endian="LITTLE", format="RAW")

@@ -32,7 +32,7 @@ def sing_one(singer: Singer, request: Request, out: Path | None, picture: bool, 
     console = Console(stderr=out is None)
     stream, rate, seconds = Stream(singer, request), singer.codec.rate, 0.0
     if out is None:
-        sys.stdout.buffer.write(wav_header(rate))
+        sys.stdout.buffer.write(wav_header(rate, singer.codec.channels))
     with Bar(console, "singing", round(stream.limit, 1), "s at most") as bar:
         for _, samples in stream:
             if out is None:
@@ -83,7 +83,8 @@ def sing_variations(singer: Singer, request: Request, count: int, batch: int, ou
         seed, nats = song.about["request"]["seed"], f"{song.about['nats_per_code']:.4f}"
         end = song.about["cut"] or "ended by itself"
         say(console, f"{rank:4}  {nats:>13}  {seed:10}  {song.seconds:7.1f}  {path} ({end})")
-        sounds[f"{rank}: {path.name}, seed {seed}, {nats} nats per code"] = song.samples
+        mono = song.samples if song.samples.ndim == 1 else song.samples.mean(axis=1)
+        sounds[f"{rank}: {path.name}, seed {seed}, {nats} nats per code"] = mono
     draw_spectrograms(out.with_suffix(".png"), sounds, singer.codec.rate, columns=min(-(-count // 6), 4))
     say(console, f"{_speed(songs, took)}; all in one picture: {out.with_suffix('.png')}")
 

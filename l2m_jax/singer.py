@@ -194,7 +194,7 @@ class Stream:
     """A song while it is sung: iterate for (codes [f, K], samples [f x hop]) of 0.64 s each, the last shorter.
 
     A prompt is sounded too. `stop` ends the song early, `song` is all of it that has come. The samples are those that
-    the codes would give if they were decoded at once.
+    the codes would give if they were decoded at once. A codec that does not stream gives the whole song at the end.
     """
 
     def __init__(self, singer: Singer, request: Request):
@@ -206,7 +206,7 @@ class Stream:
         self._timings = {"first_sound": 0.0, "total": time.perf_counter() - began}
         self._pieces = self._sing()
 
-    def __iter__(self) -> Iterator[tuple[Int[np.ndarray, "F K"], Float[np.ndarray, " T"]]]:
+    def __iter__(self) -> Iterator[tuple[Int[np.ndarray, "F K"], Float[np.ndarray, "T ..."]]]:
         return self._pieces
 
     @property
@@ -246,20 +246,22 @@ class Stream:
 
 def decode_growing(
     codec: Codec, growing: Iterator[Int[np.ndarray, "F K"]]
-) -> Iterator[tuple[Int[np.ndarray, "f K"], Float[np.ndarray, " T"]]]:
+) -> Iterator[tuple[Int[np.ndarray, "f K"], Float[np.ndarray, "T ..."]]]:
     """Codes and their samples, PIECE frames at a time, of codes that get longer; at the end what is left."""
-    codes, done, state = np.zeros((0, codec.codebooks), np.int32), 0, decoder_state(codec)
+    codes, done, state = np.zeros((0, codec.codebooks), np.int32), 0, None
     for codes in growing:
-        while len(codes) - done >= PIECE:
+        while codec.streams and len(codes) - done >= PIECE:
             piece = codes[done : done + PIECE]
-            state, samples = decode_chunk(codec, state, piece)
+            state, samples = decode_chunk(codec, state or decoder_state(codec), piece)
             done += PIECE
             yield piece, samples
     rest = codes[done:]
-    if len(rest) and not done:  # the left edge is reflected: a song of a few frames is no beginning of a longer one
-        yield rest, decode(codec, rest, PIECE)
-    elif len(rest):
-        padded = np.pad(rest, ((0, PIECE - len(rest)), (0, 0)))  # causal: what comes after changes nothing
+    if not len(rest):
+        return
+    if state is None:  # all of it; the left edge is reflected: a few frames are no beginning of a longer song
+        yield rest, decode(codec, rest)
+    else:  # causal: what comes after changes nothing
+        padded = np.pad(rest, ((0, PIECE - len(rest)), (0, 0)))
         yield rest, decode_chunk(codec, state, padded)[1][: len(rest) * codec.hop]
 
 

@@ -25,8 +25,8 @@ class Song:
     """What was sung: its codes, its sound, and what is to be said about it."""
 
     codes: Int[np.ndarray, "F K"]
-    samples: Float[np.ndarray, " T"]
-    """In about [-1, 1], `rate` a second."""
+    samples: Float[np.ndarray, "T ..."]
+    """In about [-1, 1], `rate` a second; [T], or [T, 2] of a stereo codec."""
     ended: bool
     """By itself, neither by the length limit nor because it was stopped."""
     about: dict[str, Any]
@@ -96,13 +96,13 @@ def read_sound(path: Path, codec: Codec) -> Int[np.ndarray, "F K"]:
         raise UserError(f"{path}: no such file")
     kind = path.suffix.lower()
     if kind == ".ecdc":
-        codes, _ = read_ecdc(path, codec)
+        codes = read_ecdc(path, codec).codes
     elif kind == ".npz":
         codes, name, fingerprint = read_npz(path)
         if fingerprint != codec.fingerprint:
             raise UserError(f"{path} has codes of {name} [{fingerprint}], not of {codec.name} [{codec.fingerprint}]")
     else:
-        return encode(codec, read_audio(path, codec.rate))
+        return encode(codec, read_audio(path, codec.rate, codec.channels))
     if codes.shape[1] != codec.codebooks:
         raise UserError(
             f"{path} has {codes.shape[1]} codebooks; the model has {codec.codebooks}: give the sound itself"
