@@ -20,6 +20,7 @@ from l2m_jax.weights import load_text_encoder, minilm_folder
 GOLDEN = Path(__file__).parent / "golden" / "bert.npz"
 TINY = BertConfig(40, 16, 3, 4, 32, 24, 2, 1e-12)
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "la", "lu", "##na", "##l", "sol", "deja", "Deja", "!", "月"]
+PIECES += ["do", "re", "mi", "fa", "si"]  # with la and sol, all that the sung songs of the tests need
 SCRIPTS = {
     "latin": "Sing to the moon, don't look back — ça va, señor Müller?\nOoh ooh ooh",
     "cyrillic": "Пой, луна, над серебряной рекой, и ёлка слышит тебя",
@@ -216,7 +217,7 @@ def test_other_mistakes_are_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"layer is 3; .* has 2 layers: allowed are -3 to 2"):
         load_text_encoder(folder, layer=3)
     (tmp_path / "vocab.txt").write_text("\n".join([*PIECES, *(f"x{i}" for i in range(40))]), encoding="utf-8")
-    with pytest.raises(UserError, match="the tokenizer has 54 pieces, the model only 40"):
+    with pytest.raises(UserError, match="the tokenizer has 59 pieces, the model only 40"):
         load_text_encoder(folder)
     (tmp_path / "vocab.txt").unlink()
     with pytest.raises(UserError, match=r"no tokenizer\.json or vocab\.txt"):
