@@ -50,6 +50,7 @@ class PrepareSongs(beam.PTransform):
         self._out, self._encoders, self._batches = out, encoders, batches
 
     def expand(self, pipeline: Any) -> Any:
+        """Beam's name for what a transform does."""
         outcomes = (
             pipeline | beam.Create(self._batches) | beam.Reshuffle() | beam.ParDo(_Songs(self._out, self._encoders))
         )

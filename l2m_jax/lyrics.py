@@ -253,7 +253,7 @@ def _section(tag: str) -> tuple[int, bool]:
     return (found[0], True) if found else (SECTIONS.index("other"), False)
 
 
-def _windows(pieces: int, size: int) -> Iterator[tuple[int, int, int]]:
+def windows(pieces: int, size: int) -> Iterator[tuple[int, int, int]]:
     """Windows over `pieces`: (start, first kept, first not kept).
 
     Windows of `size` start every size // 2, the last one where it ends with the text. A piece is kept from the window
@@ -271,7 +271,7 @@ def _encode_ids(encoder: TextEncoder, ids: Int[np.ndarray, " P"]) -> Float[np.nd
         return states
     cls, sep = encoder.tokenizer.encode("").ids
     body = encoder.positions - 2
-    for start, first, end in _windows(len(ids), body):
+    for start, first, end in windows(len(ids), body):
         window = np.array([cls, *ids[start : start + body], sep], np.int32)
         length = min(n for n in (*_BUCKETS, encoder.positions) if len(window) <= n <= encoder.positions)
         padded = np.zeros((1, length), np.int32)

@@ -118,6 +118,8 @@ def _load(kind: str, folder: str) -> tuple[Any, dict[str, np.ndarray]]:
         import transformers
     except ImportError as error:
         raise UserError(f"--codec-backend and --text-backend torch need the extra `torch` ({error})") from None
+    transformers.utils.logging.set_verbosity_error()  # it reports tensors that we know are not there
+    transformers.utils.logging.disable_progress_bar()
     try:
         model, info = getattr(transformers, kind).from_pretrained(
             folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
