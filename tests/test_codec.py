@@ -12,7 +12,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from l2m_jax.audio import read_audio
-from l2m_jax.codec import Codec, _decode_chunk, _encode_chunk, decode, decode_chunk, decoder_state, encode
+from l2m_jax.codec import Codec, _decode_chunk, _encode_chunk, decode, decode_chunk, decoder_state, encode, encode_many
 from l2m_jax.config import UserError
 from l2m_jax.encodec import Encodec, EncodecConfig, Lstm, Span, State
 from l2m_jax.weights import fingerprint, load_codec, resolve
@@ -150,6 +150,16 @@ def test_songs_of_a_batch_do_not_touch_each_other(small):
         check("waveform", relative(np.asarray(waves[i]), alone), 1e-5)
 
 
+def test_many_sounds_are_encoded_as_one_by_one(small):
+    """In one batch, of lengths that end in every way: in another chunk, in a frame, before the padding, at once."""
+    sounds = [SOUND[start : start + length] for start, length in enumerate((1_000, 313, 161, 160, 9, 3, 1, 0))]
+    together = encode_many(small, sounds, 20)
+    assert [len(codes) for codes in together] == [125, 40, 21, 20, 2, 1, 1, 0]
+    for sound, codes in zip(sounds, together):
+        np.testing.assert_array_equal(codes, encode(small, sound, 20))
+    assert encode_many(small, []) == []
+
+
 def test_silence_and_nothing(small):
     assert encode(small, np.zeros(0, np.float32)).shape == (0, 4)
     assert decode(small, np.zeros((0, 4), np.int32)).shape == (0,)
@@ -203,8 +213,8 @@ def test_fingerprint_is_of_names_shapes_and_values():
 
 
 @pytest.mark.parametrize(("setting", "value"), [
-    ("use_causal_conv", False), ("audio_channels", 2), ("norm_type", "time_group_norm"), ("normalize", True),
-    ("chunk_length_s", 1.0), ("pad_mode", "constant"), ("trim_right_ratio", 0.5), ("codebook_dim", 4),
+    ("use_causal_conv", False), ("audio_channels", 3), ("norm_type", "time_group_norm"), ("normalize", True),
+    ("norm_type", "layer_norm"), ("pad_mode", "constant"), ("trim_right_ratio", 0.5), ("codebook_dim", 4),
     ("model_type", "dac"), ("codebook_size", 1000),
 ])  # fmt: skip
 def test_unsupported_settings_are_named(tmp_path, setting, value):
