@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from l2m_jax.codec import Codec, encode
+from l2m_jax.codec import Codec, encode_many
 from l2m_jax.config import TEXT_LAYER
 from l2m_jax.data import VERSION, MadeWith
 from l2m_jax.lyrics import TextEncoder
@@ -74,4 +74,4 @@ def encode_sounds(codec: Codec | TorchCodec, sounds: list[Float[np.ndarray, " _"
     """Codes of each sound, float32 at the codec's rate."""
     if isinstance(codec, TorchCodec):
         return [codec.encode(samples) for samples in sounds]
-    return [encode(codec, samples) for samples in sounds]
+    return encode_many(codec, sounds) if sounds else []

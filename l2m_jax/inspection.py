@@ -11,7 +11,7 @@ import itertools
 import json
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +92,7 @@ def describe_song(record: Record, made: MadeWith, text_encoder: str = "") -> lis
     ]
     # A line for each line of the lyrics, and for each tag without words.
     lines_of = [lyrics.lines[word] if word >= 0 else -1 - row for row, word in enumerate(pieces.word)]
-    names = [encoder.tokenizer.id_to_token(int(i)) if i >= 0 else "-" for i in pieces.ids]
+    names = [str(encoder.tokenizer.id_to_token(int(i))) if i >= 0 else "-" for i in pieces.ids]
     for _, group in itertools.groupby(range(len(names)), key=lambda row: lines_of[row]):
         rows = list(group)
         lines.append(f"  [{SECTIONS[pieces.section[rows[0]]]}] {' '.join(names[row] for row in rows)}")
@@ -118,8 +118,9 @@ def draw_record(record: Record, made: MadeWith, out: Path, codec_name: str = "")
     write_wav(wav, samples, codec.rate)
     words = parse_lyrics(record.lyrics).words
     times = [Label(word, float(row[0]), float(row[1])) for word, row in zip(words, record.word_times)]
-    rows = {"words": times} if times else {}
-    draw_song(png, samples, codec.rate, record.lyrics, rows, f"{record.song}, from its codes")
+    rows: dict[str, Sequence[Label]] = {"words": times} if times else {}
+    mono = samples if samples.ndim == 1 else samples.mean(axis=1)
+    draw_song(png, mono, codec.rate, record.lyrics, rows, f"{record.song}, from its codes")
     return [wav, png]
 
 
