@@ -118,6 +118,16 @@ class EncodecConfig:
         return max(1, int(1000 * bandwidth // (self.frame_rate * self.bits)))
 
 
+PUBLISHED = {
+    "encodec_24khz": EncodecConfig(),
+    "encodec_48khz": EncodecConfig(
+        sampling_rate=48_000, target_bandwidths=(3.0, 6.0, 12.0, 24.0), audio_channels=2, use_causal_conv=False,
+        norm_type="time_group_norm", normalize=True, chunk_length_s=1.0, overlap=0.01,
+    ),
+}  # fmt: skip
+"""Meta's own checkpoints, which come without a config.json."""
+
+
 class Residual(Layer):
     """shortcut(x) + Conv(ELU(Conv(ELU(x))))."""
 
@@ -151,7 +161,7 @@ class Encodec(nnx.Module):
     ) -> tuple[Float[Array, "B F D"], State]:
         """Latents of chunks of samples, T a multiple of the hop, of which `valid` (of each, or of all) are signal."""
         x = samples.reshape(*samples.shape[:2], -1)
-        x, _, layers = self.encoder(x, Span(jnp.broadcast_to(valid, x.shape[:1]), state.started), state.layers)
+        x, _, layers = self.encoder(x, Span(valid, state.started), state.layers)
         return x, State(jnp.array(True), layers)
 
     def quantize(self, latents: Float[Array, "B F D"]) -> Int[Array, "B F K"]:
@@ -169,7 +179,7 @@ class Encodec(nnx.Module):
     ) -> tuple[Float[Array, "B T ..."], State]:
         """Samples of chunks of codes, T = F x hop, of which `valid` frames (of each, or of all) are signal."""
         x = jnp.sum(self.codebooks[...][jnp.arange(codes.shape[-1]), codes], axis=-2)
-        x, _, layers = self.decoder(x, Span(jnp.broadcast_to(valid, x.shape[:1]), state.started), state.layers)
+        x, _, layers = self.decoder(x, Span(valid, state.started), state.layers)
         return x[..., 0] if x.shape[-1] == 1 else x, State(jnp.array(True), layers)
 
 

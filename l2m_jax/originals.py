@@ -15,7 +15,8 @@ from jaxtyping import Bool, Float, Int
 
 from l2m_jax.config import UserError
 from l2m_jax.lyrics import TextEncoder, plain_tokenizer
-from l2m_jax.weights import bert_arrays, fingerprint, minilm_folder, resolve, text_fingerprint, text_layer
+from l2m_jax.published import fingerprint, resolve
+from l2m_jax.weights import bert_arrays, minilm_folder, text_fingerprint, text_layer
 
 _UNUSED = r".*\bpooler\..*|.*\.codebook\.(inited|cluster_size|embed_avg)"  # of training; or made anew by every loading
 

@@ -22,14 +22,14 @@ from jaxtyping import Array, Bool, Float, Int
 class Span(NamedTuple):
     """Which part of a chunk is signal, and whether it goes on from a chunk before."""
 
-    valid: Int[Array, " B"]
-    """Positions of each chunk that are signal; what stands behind them is never heard."""
+    valid: Int[Array, "*B"]
+    """Positions of each chunk, or of all, that are signal; what stands behind them is never heard."""
     started: Bool[Array, ""]
     """False in the first chunk, whose left edge is reflected."""
 
-    def mask(self, positions: int) -> Bool[Array, "B T 1"]:
+    def mask(self, positions: int) -> Bool[Array, "#B T 1"]:
         """True where there is signal."""
-        return (jnp.arange(positions) < self.valid[:, None])[..., None]
+        return jnp.arange(positions)[:, None] < jnp.reshape(self.valid, (-1, 1, 1))
 
 
 class State(NamedTuple):
@@ -68,7 +68,8 @@ class GroupNorm(Layer):
 
     def __call__(self, x: Float[Array, "B T C"], span: Span, state: tuple) -> Passed:
         """Same shape as x."""
-        mask, count = span.mask(x.shape[1]), jnp.maximum(span.valid, 1)[:, None, None] * x.shape[2]
+        mask = span.mask(x.shape[1])
+        count = jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1) * x.shape[2]
         mean = _sum(jnp.where(mask, x, 0)) / count
         variance = _sum(jnp.where(mask, x - mean, 0) ** 2) / count
         return (x - mean) * lax.rsqrt(variance + 1e-5) * self.scale[...] + self.bias[...], span, state
@@ -102,7 +103,8 @@ class Conv(Layer):
         x = jnp.concatenate([jnp.where(span.started, state, self._reflected(x, span)), x], axis=1)
         if reach:  # the last frame of the signal may see so far beyond it
             x = jnp.pad(x, ((0, 0), (0, reach), (0, 0)))
-            x = jax.vmap(self._mirror_end, in_axes=(0, 0, None, None))(x, span.valid, span.started, reach)
+            ends = 0 if span.valid.ndim else None
+            x = jax.vmap(self._mirror_end, in_axes=(0, ends, None, None))(x, span.valid, span.started, reach)
         y = lax.conv_general_dilated(
             x, self.kernel[...], (self.stride,), "VALID", rhs_dilation=(self.dilation,),
             dimension_numbers=("NWC", "WIO", "NWC"),
@@ -185,6 +187,7 @@ class Lstm(Layer):
     """x + LSTM(x); with no layers, x."""
 
     def __init__(self, width: int, layers: int, rngs: nnx.Rngs):
+        self.width = width
         self.layers = nnx.List([LstmLayer(width, rngs) for _ in range(layers)])
 
     def initial(self, batch: int) -> tuple:

@@ -17,7 +17,7 @@ SCALE = 0.1
 """Loudness (root mean square) of a segment of which nobody has said it: -20 dBFS, as music is commonly levelled."""
 
 
-def cut(samples: Float[np.ndarray, "T ..."], config: EncodecConfig) -> list[Float[np.ndarray, "T2 ..."]]:
+def cut(samples: Float[np.ndarray, "T ..."], config: EncodecConfig) -> list[Float[np.ndarray, "_ ..."]]:
     """The segments of a sound."""
     starts = range(0, len(samples), config.segment_stride)
     return [samples[start : start + config.segment] for start in starts]
@@ -42,7 +42,7 @@ def segment_frames(frames: int, config: EncodecConfig) -> list[int]:
     return [*sizes, rest] if rest else sizes
 
 
-def join(segments: list[Float[np.ndarray, "T2 ..."]], config: EncodecConfig) -> Float[np.ndarray, "T ..."]:
+def join(segments: list[Float[np.ndarray, "_ ..."]], config: EncodecConfig) -> Float[np.ndarray, "T ..."]:
     """Overlap-add of the segments' sounds; each fades in and out over what it has in common with its neighbours.
 
     The weights are a triangle over the segment, and where segments overlap they are divided by their sum, as in the
