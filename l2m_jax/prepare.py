@@ -148,7 +148,10 @@ def open_shop(out: Path, encoders: Encoders) -> tuple[Workshop, Dataset | None]:
     except UserError:  # there is none, or one that must be packed again
         return shop, None
     if apart := packed.made_with.differences(shop.made_with):
-        raise UserError(f"{out} was prepared with another origin ({'; '.join(apart)}): name another folder")
+        way = "name another folder"
+        if packed.made_with.text_layer != encoders.text_layer:
+            way += f", or prepare with the same --text-layer {packed.made_with.text_layer}"
+        raise UserError(f"{out} was prepared with another origin ({'; '.join(apart)}): {way}")
     return shop, packed
 
 

@@ -160,8 +160,9 @@ def test_not_one_song_is_an_error(tmp_path, encoders):
 def test_another_origin_is_refused_and_changes_nothing(mine, encoders, change):
     songs, out = mine
     before = stamps(out)
-    with pytest.raises(UserError, match=r"out was prepared with another origin \(.*\): name another folder"):
+    with pytest.raises(UserError, match=r"out was prepared with another origin \(.*\): name another folder") as caught:
         prepare(songs, out, encoders._replace(**change))
+    assert str(caught.value).endswith("--text-layer 2") == ("text_layer" in change)
     assert stamps(out) == before and order(out) == NAMES
 
 
