@@ -18,6 +18,10 @@ from typing import Any, Literal
 C = typing.TypeVar("C")
 
 
+TEXT_LAYER = 2
+"""Hidden layer of the text encoder whose states are the memory, by default; scripts/probe_layers.py says why."""
+
+
 class UserError(Exception):
     """A mistake that the user can mend: the command line prints its one line, without a traceback."""
 

@@ -93,7 +93,11 @@ def read_tensors(place: Path) -> Tensors:
         return {key: _widened(array) for key, array in read_torch(place).items()}
     files = sorted(place.glob("*.safetensors"))
     if not files:
-        raise UserError(f"{place}: holds no *.safetensors; convert the checkpoint (pickles are not opened)")
+        raise UserError(
+            f"{place}: holds no *.safetensors, and pickles (pytorch_model.bin) are not opened; where torch and"
+            " transformers are, AutoModel.from_pretrained(NAME).save_pretrained(FOLDER) converts it; then copy the"
+            " tokenizer's files there"
+        )
     tensors: Tensors = {}
     for file in files:
         try:

