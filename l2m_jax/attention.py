@@ -56,9 +56,33 @@ def _causal_blocks(q: Array, k: Array, v: Array, start: int, size: int) -> Array
     return jnp.moveaxis(out, 0, 2).reshape(q.shape)
 
 
+def to_pages(x: Float[Array, "B N C H"], page: int) -> Float[Array, "P G H"]:
+    """Keys or values of C positions as pages of G: the B N rows of the first page, then those of the second."""
+    rows = x.reshape(-1, x.shape[2] // page, page, x.shape[3])
+    return rows.swapaxes(0, 1).reshape(-1, page, x.shape[3])
+
+
+def write_page(pages: Float[Array, "P G H"], x: Float[Array, "B N 1 H"], at: Int[Array, ""]) -> Float[Array, "P G H"]:
+    """The pages with position `at` set to x: in place, where the pages are the state of a compiled loop."""
+    rows, page = x.shape[0] * x.shape[1], pages.shape[1]
+    return jax.lax.dynamic_update_slice(
+        pages, x.reshape(rows, 1, -1).astype(pages.dtype), (at // page * rows, at % page, 0)
+    )
+
+
 def cached_attention(
-    q: Float[Array, "B N Q H"], k: Float[Array, "B N C H"], v: Float[Array, "B N C H"], at: Int[Array, ""]
-) -> Float[Array, "B N Q H"]:
-    """Queries of positions at, at + 1, ... attend to the cache up to themselves; the rest is not yet written."""
-    queries = at + jnp.arange(q.shape[2])
-    return attend(q, k, v, (jnp.arange(k.shape[2]) <= queries[:, None])[None, None])
+    q: Float[Array, "B N 1 H"], k: Float[Array, "P G H"], v: Float[Array, "P G H"], at: Int[Array, ""]
+) -> Float[Array, "B N 1 H"]:
+    """`attend` of the query of position `at` to the pages up to itself; the rest is not yet written.
+
+    One product a page and row, so that the keys and values are read where they lie: any other shape (and long dot
+    products) costs XLA's CPU compiler a copy of the cache, or the second core.
+    """
+    rows, page = q.shape[0] * q.shape[1], k.shape[1]
+    tall = jnp.tile(q.reshape(rows, -1), (k.shape[0] // rows, 1))
+    scores = jnp.einsum("ph,pgh->pg", tall, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    scores = scores.reshape(-1, rows, page)
+    position = jnp.arange(scores.shape[0])[:, None, None] * page + jnp.arange(page)
+    weights = jax.nn.softmax(jnp.where(position <= at, scores, -jnp.inf), axis=(0, 2))
+    parts = jnp.einsum("pg,pgh->ph", weights.reshape(-1, page).astype(v.dtype), v)
+    return parts.reshape(-1, *q.shape).sum(0)

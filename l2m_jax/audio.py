@@ -9,6 +9,7 @@ import contextlib
 import io
 import os
 import re
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -24,27 +25,28 @@ SLACK = 0.25
 """Seconds that a file may be shorter than it claims: without an index, an mp3's length is an estimate."""
 
 
-def read_audio(path: str | Path, rate: int) -> Float[np.ndarray, " T"]:
-    """Samples, float32 in about [-1, 1], at `rate` Hz; several channels become their mean.
+def read_audio(path: str | Path, rate: int, channels: int = 1) -> Float[np.ndarray, "T ..."]:
+    """Samples, float32 in about [-1, 1], at `rate` Hz: [T], the mean of the file's channels, or [T, 2] for 2 channels.
 
-    UserError where the file cannot be read, is empty, cut short or corrupt, or holds samples that are no numbers.
+    For 2 channels a mono file gives twice the same, and of more than two the first two are taken. UserError where the
+    file cannot be read, is empty, cut short or corrupt, or holds samples that are no numbers.
     """
     with _open(path) as file:
         blocks = []
         try:
             while len(block := file.read(BLOCK, dtype="float32", always_2d=True)):
-                blocks.append(block.mean(axis=1))
+                blocks.append(block.mean(axis=1) if channels == 1 else block[:, [0, min(1, file.channels - 1)]])
         except soundfile.SoundFileError as error:
             at = sum(map(len, blocks)) / file.samplerate
             raise UserError(f"{path}: corrupt audio after {at:.1f} s ({error})") from error
-        samples = np.concatenate([np.zeros(0, np.float32), *blocks])
+        samples = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
         claimed = max(file.frames, _claimed_by_wav(file))
         if claimed - len(samples) > SLACK * file.samplerate:
             says, has = claimed / file.samplerate, len(samples) / file.samplerate
             raise UserError(f"{path}: cut short: it says {says:.1f} s and holds {has:.1f} s; fetch or export it again")
         source_rate = file.samplerate
     if not np.isfinite(samples).all():
-        at = np.flatnonzero(~np.isfinite(samples))[0] / source_rate
+        at = np.argwhere(~np.isfinite(samples))[0, 0] / source_rate
         raise UserError(f"{path}: a sample at {at:.3f} s is NaN or infinite; export it again")
     samples = soxr.resample(samples, source_rate, rate)
     if not len(samples):
@@ -58,8 +60,8 @@ def audio_seconds(path: str | Path) -> float:
         return file.frames / file.samplerate
 
 
-def write_wav(path: str | Path, samples: Float[np.ndarray, " T"], rate: int) -> None:
-    """Writes a 16-bit mono WAV, whole or not at all; samples outside [-1, 1] are clipped.
+def write_wav(path: str | Path, samples: Float[np.ndarray, "T ..."], rate: int) -> None:
+    """Writes a 16-bit WAV, mono [T] or stereo [T, 2], whole or not at all; samples outside [-1, 1] are clipped.
 
     UserError where a sample is no number, or the file cannot be written.
     """
@@ -69,6 +71,24 @@ def write_wav(path: str | Path, samples: Float[np.ndarray, " T"], rate: int) -> 
     wav = io.BytesIO()
     soundfile.write(wav, np.clip(samples, -1, 1), rate, "PCM_16", format="WAV")
     write_atomic(path, wav.getvalue())
+
+
+def wav_header(rate: int, channels: int = 1) -> bytes:
+    """Of a 16-bit WAV whose length nobody knows yet: it claims the longest there is, and players read to the end.
+
+    What follows is `pcm16`; wherever the file ends, it is a whole WAV.
+    """
+    length = 0xFFFFFFFF
+    frame = 2 * channels  # bytes
+    fmt = struct.pack("<IHHIIHH", 16, 1, channels, rate, frame * rate, frame, 16)  # PCM
+    return struct.pack("<4sI8s", b"RIFF", length, b"WAVEfmt ") + fmt + struct.pack("<4sI", b"data", length)
+
+
+def pcm16(samples: Float[np.ndarray, "T ..."]) -> bytes:
+    """Samples as `write_wav` writes them, without a header."""
+    raw = io.BytesIO()
+    soundfile.write(raw, np.clip(samples, -1, 1), 1, "PCM_16", endian="LITTLE", format="RAW")
+    return raw.getvalue()
 
 
 def write_atomic(path: str | Path, content: bytes) -> None:

@@ -20,6 +20,7 @@ import tyro
 from l2m_jax.commands.codec import Codec
 from l2m_jax.commands.decode import Decode
 from l2m_jax.commands.generate import Generate
+from l2m_jax.commands.inspect import Inspect
 from l2m_jax.commands.prepare import Prepare
 from l2m_jax.commands.solfege import Solfege
 from l2m_jax.commands.train import Train
@@ -67,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(status)
 
 
-def parse(arguments: list[str]) -> Prepare | Train | Generate | Decode | Codec | Solfege:
+def parse(arguments: list[str]) -> Prepare | Inspect | Train | Generate | Decode | Codec | Solfege:
     """The command of the arguments; a preset gives the defaults of `train`."""
     preset = Config()
     if arguments[:1] == ["train"]:
@@ -77,6 +78,7 @@ def parse(arguments: list[str]) -> Prepare | Train | Generate | Decode | Codec |
     train = Train(tyro.MISSING, tyro.MISSING, model=preset.model, train=preset.train, mesh=preset.mesh)
     commands = (
         Annotated[Prepare, tyro.conf.subcommand("prepare")]
+        | Annotated[Inspect, tyro.conf.subcommand("inspect")]
         | Annotated[Train, tyro.conf.subcommand("train", default=train)]
         | Annotated[Generate, tyro.conf.subcommand("generate")]
         | Annotated[Decode, tyro.conf.subcommand("decode")]

@@ -15,8 +15,9 @@ import optax
 from jax import Array
 from jaxtyping import Float, Key
 
-from l2m_jax.encodec import Chain, Encodec, Span, State
+from l2m_jax.encodec import Encodec
 from l2m_jax.quality import FLOOR, mel_filters
+from l2m_jax.seanet import Chain, Span, State
 
 WINDOWS = (256, 512, 1024, 2048)  # samples; a quarter of each is its hop
 BANDS = (32, 48, 64, 80)

@@ -18,6 +18,10 @@ from typing import Any, Literal
 C = typing.TypeVar("C")
 
 
+TEXT_LAYER = 2
+"""Hidden layer of the text encoder whose states are the memory, by default; scripts/probe_layers.py says why."""
+
+
 class UserError(Exception):
     """A mistake that the user can mend: the command line prints its one line, without a traceback."""
 
@@ -170,6 +174,12 @@ class SampleConfig:
     """Draw among the k likeliest codes; 0 among all."""
     top_p: float = 1.0
     """Draw among the likeliest codes that together hold this probability."""
+    min_p: float = 0.0
+    """Draw among the codes at least this share as likely as the likeliest; 0 among all."""
+    repetition_penalty: float = 1.0
+    """Divides the probability of each code that was said in the repetition window; 1 leaves it, above 1 varies more."""
+    repetition_window: int = 75
+    """Frames that repetition-penalty looks back."""
     guidance_lyrics: float = 1.0
     """g_lyrics; 1 is the model's own distribution, more follows the words harder."""
     guidance_genre: float = 1.0
@@ -182,6 +192,12 @@ class SampleConfig:
             raise UserError(f"top-k is {self.top_k}; allowed: 0 (all codes) and above")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top-p is {self.top_p}; allowed: above 0, up to 1")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"min-p is {self.min_p}; allowed: 0 (all codes) to 1")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise UserError(f"repetition-penalty is {self.repetition_penalty}; allowed: above 0; 1 changes nothing")
+        if self.repetition_window < 1:
+            raise UserError(f"repetition-window is {self.repetition_window} frames; allowed: 1 and above")
         for name in ("guidance_lyrics", "guidance_genre"):
             if not math.isfinite(getattr(self, name)):
                 raise UserError(f"{name.replace('_', '-')} is {getattr(self, name)}; a finite number is needed")

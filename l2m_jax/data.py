@@ -13,11 +13,12 @@ Reading needs neither torch nor TensorFlow. The batch of step n is a pure functi
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import shutil
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,8 @@ from l2m_jax.lyrics import check_memory, normalise_genre
 from l2m_jax.tokens import AnyArray, Layout, make_layout
 
 VERSION = "1.0.0"  # of the record; a dataset of another version is refused
+SHARD = 64  # songs of a file of the dataset; as many are in memory while it is written
+MOST_SHARDS = 1024  # files
 
 
 class Record(NamedTuple):
@@ -62,6 +65,7 @@ class MadeWith(NamedTuple):
     codebooks: int
     entries: int
     text_width: int
+    text_backend: str = "jax"  # what can run the text encoder; no part of the origin: its fingerprint is
 
     def differences(self, other: MadeWith) -> list[str]:
         """What keeps records of the two apart; the same weights under another name or path do not."""
@@ -106,78 +110,99 @@ def read_record(path: Path) -> tuple[Record, MadeWith]:
         raise UserError(f"{path} is not a whole record ({error}); delete it and prepare again") from None
 
 
-class _Builder(tfds.core.GeneratorBasedBuilder):
-    """Packs the records, in the given order, into ArrayRecord."""
+def songs_info(builder: Any, made_with: MadeWith) -> tfds.core.DatasetInfo:
+    """What a TFDS builder of records tells of them."""
+    widths = {
+        "codes": (None, made_with.codebooks),
+        "lyric_states": (None, made_with.text_width),
+        "genre_states": (None, made_with.text_width),
+        "section": (None,),
+        "word": (None,),
+        "word_times": (None, 3),
+        "seconds": (),
+    }
+    features: dict[str, Any] = {k: tfds.features.Text() for k in Record._fields if k not in DTYPES}
+    for k, dtype in DTYPES.items():
+        features[k] = tfds.features.Tensor(shape=widths[k], dtype=dtype, encoding="bytes" if widths[k] else "none")
+    return tfds.core.DatasetInfo(
+        builder=builder,
+        description="Songs as EnCodec codes with the text states of their lyrics and genre.",
+        features=tfds.features.FeaturesDict(features),
+        metadata=tfds.core.MetadataDict(made_with=made_with._asdict()),
+        disable_shuffling=True,
+    )
+
+
+class _Packing(tfds.core.ShardBasedBuilder, skip_registration=True):
+    """Packs record files in the given order. TFDS's other builder would hold all of them in memory to sort them."""
 
     name = "songs"
     VERSION = tfds.core.Version(VERSION)
 
-    def __init__(self, paths: Sequence[Path], metadata: dict[str, Any], **kwargs: Any):
-        self._paths, self._metadata = paths, metadata
+    def __init__(self, paths: Sequence[Path], made_with: MadeWith, **kwargs: Any):
+        self._paths, self._made_with = paths, made_with
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        made_with = self._metadata["made_with"]
-        widths = {
-            "codes": (None, made_with["codebooks"]),
-            "lyric_states": (None, made_with["text_width"]),
-            "genre_states": (None, made_with["text_width"]),
-            "section": (None,),
-            "word": (None,),
-            "word_times": (None, 3),
-            "seconds": (),
-        }
-        features: dict[str, Any] = {k: tfds.features.Text() for k in Record._fields if k not in DTYPES}
-        for k, dtype in DTYPES.items():
-            features[k] = tfds.features.Tensor(shape=widths[k], dtype=dtype, encoding="bytes" if widths[k] else "none")
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Songs as EnCodec codes with the text states of their lyrics and genre.",
-            features=tfds.features.FeaturesDict(features),
-            metadata=tfds.core.MetadataDict(self._metadata),
-            disable_shuffling=True,
-        )
+        return songs_info(self, self._made_with)
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        return {"train": self._generate_examples()}
+    def _shard_iterators_per_split(self, dl_manager: Any) -> dict[str, Any]:
+        size = max(SHARD, -(-len(self._paths) // MOST_SHARDS))
+        starts = range(0, len(self._paths), size)
+        return {"train": [functools.partial(_examples, self._paths[i : i + size]) for i in starts]}
 
-    def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        for i, path in enumerate(self._paths):
-            yield i, read_record(path)[0]._asdict()
+
+def _examples(paths: Sequence[Path]) -> Iterator[tuple[int, dict[str, Any]]]:
+    for i, path in enumerate(paths):
+        yield i, read_record(path)[0]._asdict()
 
 
 def pack(folder: Path, paths: Sequence[Path], made_with: MadeWith) -> None:
     """Packs the records into `folder`/dataset; the old one stands until the new one is whole."""
-    lines, genres, longest = [], set(), {"pieces": 0, "genre_pieces": 0, "song": ""}
-    for path in paths:
-        r = read_record(path)[0]
-        pieces, genre_pieces = len(r.lyric_states), len(r.genre_states)
-        if pieces + genre_pieces > longest["pieces"] + longest["genre_pieces"]:
-            longest = {"pieces": pieces, "genre_pieces": genre_pieces, "song": r.song}
-        genres.add(normalise_genre(r.genre))
-        line = {"song": r.song, "source": r.source, "genre": r.genre, "seconds": round(float(r.seconds), 3)}
-        line |= {"frames": len(r.codes), "pieces": pieces, "words_timed": len(r.word_times)}
-        lines.append(json.dumps(line, ensure_ascii=False))
+    build(folder, functools.partial(_Packing, paths, made_with))
+
+
+def build(folder: Path, make_builder: Callable[..., Any], settings: Any = None) -> None:
+    """Runs a TFDS builder, with `settings` for its preparation, and puts what it built, summed up, in its place."""
     work, final, old = folder / ".packing", folder / "dataset", folder / ".old"
     shutil.rmtree(work, ignore_errors=True)
-    metadata = {"made_with": made_with._asdict(), "longest": longest, "genres": sorted(genres - {""})}
     try:
         tfds.disable_progress_bar()
         with contextlib.redirect_stdout(io.StringIO()):  # it announces a download that is none
-            builder = _Builder(paths, metadata, data_dir=str(work), file_format="array_record")
-            builder.download_and_prepare()
-        manifest = work / "songs.jsonl"
-        manifest.write_text("\n".join([*lines, ""]), encoding="utf-8")
+            builder = make_builder(data_dir=str(work), file_format="array_record")
+            builder.download_and_prepare(download_config=settings)
+        _sum_up(builder, work / "songs.jsonl")
         shutil.rmtree(old, ignore_errors=True)
         if final.exists():
             final.rename(old)
         Path(builder.data_path).rename(final)
-        manifest.replace(folder / "songs.jsonl")  # last: it vouches for the dataset
+        (work / "songs.jsonl").replace(folder / "songs.jsonl")  # last: it vouches for the dataset
     except (OSError, RuntimeError) as error:  # ArrayRecord's errors are RuntimeErrors
         raise UserError(f"{folder} cannot be written: {error}") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _sum_up(builder: Any, manifest: Path) -> None:
+    """Writes a line a song, and what training asks of all songs at once into the dataset's metadata."""
+    genres, longest = set(), {"pieces": 0, "genre_pieces": 0, "song": ""}
+    with manifest.open("w", encoding="utf-8") as lines:
+        for row in builder.as_data_source(split="train"):
+            r = _record(row)
+            pieces, genre_pieces = len(r.lyric_states), len(r.genre_states)
+            if pieces + genre_pieces > longest["pieces"] + longest["genre_pieces"]:
+                longest = {"pieces": pieces, "genre_pieces": genre_pieces, "song": r.song}
+            genres.add(normalise_genre(r.genre))
+            line = {"song": r.song, "source": r.source, "genre": r.genre, "seconds": round(float(r.seconds), 3)}
+            line |= {"frames": len(r.codes), "pieces": pieces, "words_timed": len(r.word_times)}
+            lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+    builder.info.metadata.update(longest=longest, genres=sorted(genres - {""}))
+    builder.info.write_to_directory(builder.data_path)
+
+
+def _record(row: dict[str, Any]) -> Record:
+    return Record(**{k: row[k].decode() if isinstance(row[k], bytes) else row[k] for k in Record._fields})
 
 
 def read_manifest(folder: Path) -> list[dict[str, Any]]:
@@ -214,7 +239,7 @@ class Dataset:
         except (RuntimeError, ValueError, OSError) as error:  # whatever ArrayRecord and TFDS say
             damaged = self.folder / "dataset"
             raise UserError(f"{damaged} is damaged ({error}); delete it and run l2m prepare again") from None
-        return Record(**{k: row[k].decode() if isinstance(row[k], bytes) else row[k] for k in Record._fields})
+        return _record(row)
 
     def frames(self) -> Int[np.ndarray, " songs"]:
         """Frames of each song."""

@@ -1,178 +1,163 @@
-"""From lyrics and a genre to a song on disk. After `train`, before `evaluate`; the decode loop itself is `sample`."""
+"""What `l2m generate` and `l2m decode` do: a song, its stream, variations, a file of requests. After `singer`."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import io
 import json
-import os
+import sys
 import time
-import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import jax
-import numpy as np
-from jaxtyping import Float, Int
+from rich.console import Console
 
-from l2m_jax.audio import write_atomic, write_wav
-from l2m_jax.checkpoint import RunInfo, load_model
-from l2m_jax.codec import Codec, decode
-from l2m_jax.config import SampleConfig, UserError, check_seed
-from l2m_jax.data import prompt_rows
-from l2m_jax.ecdc import read_ecdc, write_ecdc
-from l2m_jax.lyrics import (
-    TextEncoder,
-    check_memory,
-    encode_genre,
-    encode_text,
-    normalise_genre,
-    parse_lyrics,
-    split_pieces,
-)
-from l2m_jax.model import Prompt, SoundTransformer
-from l2m_jax.prepare import Encoders, signature
-from l2m_jax.sample import Song, finished, sample_states
-from l2m_jax.tokens import Layout, make_layout
+from l2m_jax.audio import pcm16, wav_header, write_wav
+from l2m_jax.codec import decode
+from l2m_jax.config import UserError
+from l2m_jax.ecdc import read_ecdc
+from l2m_jax.picture import draw_file, draw_spectrograms
+from l2m_jax.progress import Bar, say
+from l2m_jax.request import Line, Request, pack, read_requests
+from l2m_jax.singer import Singer, Stream, Task, make_task, sing
+from l2m_jax.song import Song, check_output, read_npz, write_json
+from l2m_jax.stop import StopSignal
 from l2m_jax.weights import load_codec
 
 
-@dataclasses.dataclass(frozen=True)
-class Singer:
-    """A trained model with the codec and the text encoder that it was trained with."""
+def sing_one(singer: Singer, request: Request, out: Path | None, picture: bool, stop: StopSignal) -> None:
+    """Sings into OUT.wav and the files beside it, with a picture if asked for; without `out`, into standard output.
 
-    run: Path
-    step: int
-    info: RunInfo
-    model: SoundTransformer
-    layout: Layout
-    codec: Codec
-    encoder: TextEncoder
-
-    @property
-    def longest(self) -> float:
-        """Seconds of the window."""
-        return self.layout.frames / self.codec.frame_rate
-
-
-def load_singer(run: Path, step: int | None = None, codec: str = "", text_encoder: str = "") -> Singer:
-    """The newest (or given) checkpoint of a run; UserError where codec or text encoder are not those it learnt with."""
-    model, info, step = load_model(run, step)
-    made = info.made_with
-    encoders = Encoders(codec or made.codec, made.codebooks, text_encoder or made.text_encoder, made.text_layer)
-    loaded = encoders.load()
-    if apart := made.differences(signature(encoders, *loaded)):
-        raise UserError(f"{run} was trained with another origin of codes or states ({'; '.join(apart)})")
-    return Singer(run, step, info, model, make_layout(info.config.model), *loaded)
-
-
-def make_prompt(singer: Singer, lyrics: str, genre: str) -> tuple[Prompt, list[str]]:
-    """The prompt of one song, [1, S, ...], and warnings. UserError where the lyrics are empty or beyond the cap."""
-    parsed = parse_lyrics(lyrics)
-    warnings = list(parsed.warnings)
-    genre = normalise_genre(genre)
-    if genre and genre not in singer.info.genres:
-        known = ", ".join(singer.info.genres) or "none"
-        warnings.append(
-            f"genre {genre!r} was in no training song (those were: {known}); its words are used as they are"
-        )
-    cap, genre_states = singer.info.config.model.memory, encode_genre(singer.encoder, genre)
-    check_memory(len(split_pieces(singer.encoder, parsed).ids), len(genre_states), cap, "the lyrics")
-    text = encode_text(singer.encoder, parsed)
-    rows = prompt_rows(text.states, text.section, genre_states, cap)
-    return Prompt(*(row[None] for row in rows)), warnings
-
-
-def sing(
-    singer: Singer,
-    prompts: list[Prompt],
-    rule: SampleConfig,
-    seeds: list[int],
-    seconds: float,
-    progress: Callable[[float], Any] = lambda done: None,
-) -> list[Song]:
-    """Codes of the prompts, sampled as one batch; `progress` is told the seconds sung so far.
-
-    UserError where `seconds` is not above 0 or beyond the model's window.
+    `stop` ends the song where it is: the files, or the sound in the pipe, are then of what was sung.
     """
-    if not 0 < seconds <= singer.longest:
-        raise UserError(
-            f"the length limit is {seconds:g} s; allowed: above 0, up to the window of {singer.longest:g} s"
-        )
-    frames = max(round(seconds * singer.codec.frame_rate), 1)
-    together = jax.tree.map(lambda *rows: np.concatenate(rows), *prompts)
-    state = None
-    for state in sample_states(singer.model, singer.layout, together, rule, seeds, frames):
-        share = min(int(state.position) / singer.layout.length(frames), 1.0)
-        progress(round(share * seconds, 1))
-    assert state is not None  # frames > 0
-    return finished(state, singer.layout, frames)
+    console = Console(stderr=out is None)
+    stream, rate, seconds = Stream(singer, request), singer.codec.rate, 0.0
+    if out is None:
+        sys.stdout.buffer.write(wav_header(rate, singer.codec.channels))
+    with Bar(console, "singing", round(stream.limit, 1), "s at most") as bar:
+        for _, samples in stream:
+            if out is None:
+                sys.stdout.buffer.write(pcm16(samples))
+                sys.stdout.buffer.flush()
+            seconds += len(samples) / rate
+            bar.update(round(seconds, 1))
+            if stop.by:
+                stream.stop(stop.by)
+    song = stream.song()
+    if out is not None:
+        song.save(out)
+        if picture:
+            draw_file(out, request.lyrics)
+    for warning in song.about["warnings"]:
+        say(console, f"warning: {warning}")
+    took = song.about["timings_s"]
+    say(
+        console,
+        f"{out or 'standard output'}: {song.seconds:.1f} s, {song.about['cut'] or 'ended by itself'}; "
+        f"{_speed([song], took['total'])}, first sound after {took['first_sound']:.1f} s",
+    )
 
 
-def generate(
-    singer: Singer,
-    lyrics: str,
-    genre: str,
-    out: Path,
-    rule: SampleConfig,
-    seed: int = 0,
-    seconds: float | None = None,
-    progress: Callable[[float], Any] = lambda done: None,
-) -> dict[str, Any]:
-    """Sings a song and writes OUT.wav, .ecdc, .npz and .json (each whole or not at all); returns what .json says."""
-    check_output(out)
-    check_seed("seed", seed)
-    began = time.perf_counter()
-    prompt, warnings = make_prompt(singer, lyrics, genre)
-    limit = singer.longest if seconds is None else seconds
-    song = sing(singer, [prompt], rule, [seed], limit, progress)[0]
-    sampled = time.perf_counter()
-    samples = decode(singer.codec, song.codes)
-    decoded = time.perf_counter()
-    write_song(out, song.codes, samples, singer.codec)
-    about = {
-        "lyrics": lyrics,
-        "genre": genre,
-        "seed": seed,
-        "sampling": dataclasses.asdict(rule),
-        "limit_s": limit,
-        "seconds": round(len(samples) / singer.codec.rate, 3),
-        "ended_by_itself": song.ended,
-        "nats_per_code": -song.logprob / max(song.codes.size, 1),
-        "cut": None if song.ended else f"the song had not ended at the limit of {limit:g} s",
-        "warnings": warnings,
-        "run": str(singer.run),
-        "step": singer.step,
-        "made_with": singer.info.made_with._asdict(),
-        "codes_sha256": hashlib.sha256(song.codes.astype("<i4").tobytes()).hexdigest(),
-        "timings_s": {"sampling": round(sampled - began, 3), "decoding": round(decoded - sampled, 3)},
-    }
-    write_atomic(out.with_suffix(".json"), (json.dumps(about, indent=2, ensure_ascii=False) + "\n").encode())
-    return about
+def sing_variations(singer: Singer, request: Request, count: int, batch: int, out: Path, stop: StopSignal) -> None:
+    """Sings `count` songs of one request and its seed, seed + 1, ..., and ranks them by the model's own likelihood.
+
+    OUT_1.wav, with its other files, is the likeliest; OUT.png shows all. At most `batch` are sung at the same time.
+    After `stop` they are as far as they were sung.
+    """
+    began, console, task, songs = time.perf_counter(), Console(), make_task(singer, request), []
+    seeds = [request.seed + i for i in range(count)]
+    tasks = [task._replace(request=dataclasses.replace(request, seed=seed)) for seed in seeds]
+    with Bar(console, "singing", count, "songs") as bar:
+        while len(songs) < count and not (songs and stop.by):
+            together = tasks[len(songs) : len(songs) + batch]
+            songs += sing(singer, together, _progress(bar, len(songs), len(together)), lambda: stop.by)
+    took = time.perf_counter() - began
+    songs.sort(key=lambda song: (not len(song.codes), song.about["nats_per_code"]))  # an empty one is no good
+    for warning in task.warnings:
+        say(console, f"warning: {warning}")
+    say(console, "rank  nats per code        seed  seconds  song")
+    sounds = {}
+    for rank, song in enumerate(songs, 1):
+        path = out.with_name(f"{out.stem}_{rank}.wav")
+        song.about["rank"] = rank
+        song.save(path)
+        seed, nats = song.about["request"]["seed"], f"{song.about['nats_per_code']:.4f}"
+        end = song.about["cut"] or "ended by itself"
+        say(console, f"{rank:4}  {nats:>13}  {seed:10}  {song.seconds:7.1f}  {path} ({end})")
+        mono = song.samples if song.samples.ndim == 1 else song.samples.mean(axis=1)
+        sounds[f"{rank}: {path.name}, seed {seed}, {nats} nats per code"] = mono
+    draw_spectrograms(out.with_suffix(".png"), sounds, singer.codec.rate, columns=min(-(-count // 6), 4))
+    say(console, f"{_speed(songs, took)}; all in one picture: {out.with_suffix('.png')}")
 
 
-def check_output(out: Path) -> None:
-    """UserError where `out` is no .wav or its folder cannot be written; before the long work, not after."""
-    if out.suffix.lower() != ".wav":
-        raise UserError(f"{out}: the output must end in .wav")
+def sing_requests(singer: Singer, path: Path, defaults: Request, batch: int, out: Path, stop: StopSignal) -> int:
+    """Sings what the lines of a JSONL file ask for and is not in `out` yet: OUT/ID.wav, .ecdc, .npz, .json.
+
+    Requests of one rule and like limits are sung together, at most `batch`. A line that cannot be sung gets
+    OUT/ID.error.json, and the others go on; returns how many did. After `stop`, the same call goes on.
+    """
+    console, lines = Console(), read_requests(path, defaults)
+    check_output(out / "song.wav")
+    todo: list[tuple[Line, Request]] = []
+    new = failed = 0
+    for line in lines:
+        for name in (line.name, f"line-{line.number}"):
+            (out / f"{name}.error.json").unlink(missing_ok=True)
+        if isinstance(line.request, UserError):
+            failed += _fail(out, path, line, line.request, console)
+        elif not _is_sung(out / f"{line.name}.wav", line.request, singer):
+            todo.append((line, line.request))
+    before = len(lines) - len(todo) - failed
+    with Bar(console, "singing", len(lines), "songs", before + failed) as bar:
+        for together in pack([request for _, request in todo], batch):
+            ready: list[tuple[Line, Task]] = []
+            for line, request in (todo[i] for i in together):
+                try:
+                    ready.append((line, make_task(singer, request)))
+                except UserError as error:
+                    failed += _fail(out, path, line, error, console)
+            bar.update(before + new + failed)
+            if not ready:
+                continue
+            progress = _progress(bar, before + new + failed, len(ready))
+            songs = sing(singer, [task for _, task in ready], progress, lambda: stop.by)
+            if stop.by:
+                break
+            for (line, task), song in zip(ready, songs):
+                song.save(out / f"{line.name}.wav")
+                for warning in task.warnings:
+                    say(console, f"warning: {line.name}: {warning}")
+            new += len(songs)
+    stopped = f"; stopped by {stop.by}, the same command goes on from there" if stop.by else ""
+    say(console, f"{before + new} songs of {len(lines)} in {out} ({new} new, {failed} failed){stopped}")
+    return failed
+
+
+def _progress(bar: Bar, done: int, songs: int) -> Callable[[float], None]:
+    """Tells the bar of the share of a batch of `songs` songs, after `done` others."""
+    return lambda share: bar.update(round(done + share * songs, 1))
+
+
+def _speed(songs: Sequence[Song], took: float) -> str:
+    sung = sum(song.seconds - song.about["given_s"] for song in songs)
+    return f"{sung:.1f} s sung in {took:.1f} s, {sung / max(took, 1e-3):.2f} times real time"
+
+
+def _is_sung(out: Path, request: Request, singer: Singer) -> bool:
+    """Whether the song of this very request and checkpoint is there already."""
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        probe = out.parent / f".{out.name}.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"{out.parent} cannot be written: {error.strerror}") from None
+        about = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
+        mine = {"request": dataclasses.asdict(request), "run": str(singer.run), "step": singer.step}
+        whole = all(out.with_suffix(suffix).is_file() for suffix in (".wav", ".ecdc", ".npz"))
+        return whole and all(about[key] == value for key, value in mine.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
-def write_song(out: Path, codes: Int[np.ndarray, "F K"], samples: Float[np.ndarray, " T"], codec: Codec) -> None:
-    """OUT.wav, OUT.ecdc and OUT.npz."""
-    write_wav(out, samples, codec.rate)
-    write_ecdc(out.with_suffix(".ecdc"), codes, len(samples), codec)
-    content = io.BytesIO()
-    np.savez(content, codes=codes.astype(np.int16), codec=codec.name, fingerprint=codec.fingerprint)
-    write_atomic(out.with_suffix(".npz"), content.getvalue())
+def _fail(out: Path, path: Path, line: Line, error: UserError, console: Console) -> int:
+    """Says so, on the terminal and in a file; returns 1, to be counted."""
+    say(console, f"failed: {path}, line {line.number}: {error}")
+    write_json(out / f"{line.name}.error.json", {"file": str(path), "line": line.number, "error": str(error)})
+    return 1
 
 
 def decode_file(path: Path, out: Path, codec_name: str = "solfege") -> float:
@@ -180,29 +165,18 @@ def decode_file(path: Path, out: Path, codec_name: str = "solfege") -> float:
     check_output(out)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    length = None
+    length, scales = None, None
     if path.suffix.lower() == ".ecdc":
         codec = load_codec(codec_name)
-        codes, length = read_ecdc(path, codec)
+        codes, length, scales = read_ecdc(path, codec)
         codec = codec if codes.shape[1] == codec.codebooks else load_codec(codec_name, codes.shape[1])
     elif path.suffix.lower() == ".npz":
-        codes, name, fingerprint = _read_npz(path)
+        codes, name, fingerprint = read_npz(path)
         codec = load_codec(codec_name, codes.shape[1])
         if fingerprint != codec.fingerprint:
             raise UserError(f"{path} has codes of {name} [{fingerprint}], not of {codec.name}: name it with --codec")
     else:
         raise UserError(f"{path}: a .ecdc or a .npz is needed")
-    samples = decode(codec, codes)[:length]
+    samples = decode(codec, codes, scales=scales)[:length]
     write_wav(out, samples, codec.rate)
     return len(samples) / codec.rate
-
-
-def _read_npz(path: Path) -> tuple[np.ndarray, str, str]:
-    try:
-        with open(path, "rb") as file, np.load(file) as arrays:
-            codes = arrays["codes"].astype(np.int32)
-            if codes.ndim != 2:
-                raise ValueError(f"codes of shape {codes.shape}, not [frames, codebooks]")
-            return codes, str(arrays["codec"]), str(arrays["fingerprint"])
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged or holds no codes ({error})") from None

@@ -16,7 +16,7 @@ import itertools
 import json
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +44,8 @@ _SYNONYMS = {
 _SECTION_OF = {name: i for i, name in enumerate(SECTIONS)} | {
     word: SECTIONS.index(name) for name, words in _SYNONYMS.items() for word in words.split()
 }
+UNKNOWN = 0.03
+"""Share of unknown pieces beyond which the text encoder is the wrong one for the lyrics."""
 _BUCKETS = (64, 128, 256)  # Lengths that BERT is compiled for, beside its longest.
 
 
@@ -96,14 +98,12 @@ class TextEncoder:
     layer: int
     """Layers that are run; 0 gives the embeddings."""
     tokenizer: Tokenizer
-    module: Bert
+    module: Bert | Callable[..., np.ndarray]
+    """Ids [1, T], mask [1, T] and layer to states [1, T, E]: a Bert, which is compiled, or one of `originals`."""
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """A folder's tokenizer.json, or vocab.txt with tokenizer_config.json; UserError where neither can be read.
-
-    Whatever its file says, it neither cuts nor pads, and takes a "[SEP]" in the lyrics for text.
-    """
+    """A folder's tokenizer.json, or vocab.txt with tokenizer_config.json; UserError where neither can be read."""
     try:
         if (folder / "tokenizer.json").exists():
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -111,11 +111,16 @@ def read_tokenizer(folder: Path) -> Tokenizer:
             tokenizer = _wordpiece(folder)
     except Exception as error:  # tokenizers raises plain Exception for a file that it cannot parse
         raise UserError(f"{folder}: holds no tokenizer.json or vocab.txt that can be read ({error})") from error
+    return plain_tokenizer(tokenizer, str(folder))
+
+
+def plain_tokenizer(tokenizer: Tokenizer, where: str) -> Tokenizer:
+    """Whatever its file says, it neither cuts nor pads, and takes a "[SEP]" in the lyrics for text."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
     if len(tokenizer.encode("").ids) != 2:
-        raise UserError(f"{folder}: its tokenizer does not put [CLS] and [SEP] around a text; give that of a BERT")
+        raise UserError(f"{where}: its tokenizer does not put [CLS] and [SEP] around a text; give that of an encoder")
     return tokenizer
 
 
@@ -171,8 +176,10 @@ def normalise_genre(genre: str) -> str:
 
 def split_pieces(encoder: TextEncoder, lyrics: Lyrics) -> Pieces:
     """Rows of the lyrics: the pieces of every word in order, empty tags in between."""
-    encoding = encoder.tokenizer.encode(lyrics.words, is_pretokenized=True, add_special_tokens=False)
-    word = np.array(encoding.word_ids, np.int32)
+    encoding = encoder.tokenizer.encode(" ".join(lyrics.words), add_special_tokens=False)
+    # A piece is of the word in which it starts; the space before a word is part of it, as in XLM-R's "▁luna".
+    ends = np.cumsum([len(word) + 1 for word in lyrics.words]) - 1
+    word = np.searchsorted(ends, [start for start, _ in encoding.offsets], side="right").astype(np.int32)
     mute = np.setdiff1d(np.arange(len(lyrics.words), dtype=np.int32), word)  # Words that the tokenizer drops.
     before, tag_section = np.array(lyrics.empty_tags, np.int32).reshape(-1, 2).T
     # A tag with `before` words before it stands between words before - 1 and before: a stable sort puts it there.
@@ -181,6 +188,18 @@ def split_pieces(encoder: TextEncoder, lyrics: Lyrics) -> Pieces:
     word = np.concatenate([np.full_like(before, -1), word, mute])
     section = np.concatenate([tag_section, np.array(lyrics.sections, np.int32)[word[len(before) :]]])
     return Pieces(ids[order], word[order], section[order])
+
+
+def unknown_warning(encoder: TextEncoder, pieces: Pieces, where: str) -> tuple[str, ...]:
+    """A line where more than UNKNOWN of the pieces are none that the encoder knows: they all look the same to it."""
+    names = [encoder.tokenizer.token_to_id(name) for name in ("[UNK]", "<unk>")]
+    share = np.mean(np.isin(pieces.ids, [i for i in names if i is not None]))
+    if share <= UNKNOWN:
+        return ()
+    return (
+        f"{where}: {share:.0%} of the pieces are unknown to the text encoder {encoder.name}, all one to the model;"
+        " prepare the songs with one that knows the script: --text-encoder bert-base-multilingual-cased",
+    )
 
 
 def check_memory(pieces: int, genre_pieces: int, cap: int, where: str) -> None:
@@ -234,7 +253,7 @@ def _section(tag: str) -> tuple[int, bool]:
     return (found[0], True) if found else (SECTIONS.index("other"), False)
 
 
-def _windows(pieces: int, size: int) -> Iterator[tuple[int, int, int]]:
+def windows(pieces: int, size: int) -> Iterator[tuple[int, int, int]]:
     """Windows over `pieces`: (start, first kept, first not kept).
 
     Windows of `size` start every size // 2, the last one where it ends with the text. A piece is kept from the window
@@ -252,12 +271,13 @@ def _encode_ids(encoder: TextEncoder, ids: Int[np.ndarray, " P"]) -> Float[np.nd
         return states
     cls, sep = encoder.tokenizer.encode("").ids
     body = encoder.positions - 2
-    for start, first, end in _windows(len(ids), body):
+    for start, first, end in windows(len(ids), body):
         window = np.array([cls, *ids[start : start + body], sep], np.int32)
         length = min(n for n in (*_BUCKETS, encoder.positions) if len(window) <= n <= encoder.positions)
         padded = np.zeros((1, length), np.int32)
         padded[0, : len(window)] = window
-        output = _run(encoder.module, padded, np.arange(length)[None] < len(window), encoder.layer)
+        run = functools.partial(_run, encoder.module) if isinstance(encoder.module, Bert) else encoder.module
+        output = run(padded, np.arange(length)[None] < len(window), encoder.layer)
         states[first:end] = np.asarray(output)[0, 1 + first - start : 1 + end - start]
     return states
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from l2m_jax.attention import attend, cached_attention, causal_attention
+from l2m_jax.attention import attend, cached_attention, causal_attention, write_page
 from l2m_jax.config import ModelConfig
 from l2m_jax.lyrics import SECTIONS
 from l2m_jax.tokens import AnyArray, Place, make_layout
@@ -46,6 +46,13 @@ class KeysValues(NamedTuple):
 
     keys: Float[Array, "B N C H"]
     values: Float[Array, "B N C H"]
+
+
+class Pages(NamedTuple):
+    """Keys and values of the positions so far, in pages; see `attention.to_pages`."""
+
+    keys: Float[Array, "P G H"]
+    values: Float[Array, "P G H"]
 
 
 class Attention(nnx.Module):
@@ -91,20 +98,25 @@ class Layer(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], memory: Memory) -> Float[Array, "B T D"]:
         """The whole sequence at once (training)."""
-        attended = causal_attention(self.self_attention.queries(x), *self.self_attention.keys_values(x))
-        return self._rest(x, attended, self.cross_attention.keys_values(memory.states), memory.seen)
+        return self.prefill(x, memory)[0]
+
+    def prefill(self, x: Float[Array, "B T D"], memory: Memory) -> tuple[Float[Array, "B T D"], KeysValues]:
+        """The whole sequence at once, with its keys and values for the steps that follow."""
+        kept = self.self_attention.keys_values(x)
+        attended = causal_attention(self.self_attention.queries(x), *kept)
+        return self._rest(x, attended, self.cross_attention.keys_values(memory.states), memory.seen), kept
 
     def step(
         self,
-        x: Float[Array, "B T D"],
-        cache: KeysValues,
+        x: Float[Array, "B 1 D"],
+        cache: Pages,
         memory: KeysValues,
         seen: Bool[Array, "B M"],
         at: Int[Array, ""],
-    ) -> tuple[Float[Array, "B T D"], KeysValues]:
-        """Positions at, at + 1, ...: their keys and values are written into the cache, which is returned."""
+    ) -> tuple[Float[Array, "B 1 D"], Pages]:
+        """Position `at`: its keys and values are written into the cache, which is returned."""
         new = self.self_attention.keys_values(x)
-        cache = jax.tree.map(lambda c, n: jax.lax.dynamic_update_slice_in_dim(c, n.astype(c.dtype), at, 2), cache, new)
+        cache = Pages(write_page(cache.keys, new.keys, at), write_page(cache.values, new.values, at))
         attended = cached_attention(self.self_attention.queries(x), *cache, at)
         return self._rest(x, attended, memory, seen), cache
 

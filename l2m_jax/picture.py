@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +41,8 @@ def draw_song(
     )
     wave, spectrum, *labels = axes[:, 0]
     wave.plot(np.arange(len(samples)) / rate, samples, linewidth=0.4, color="#245a8d")
-    wave.set(ylim=(-1, 1), yticks=[], title=title)
+    wave.set(ylim=(-1, 1), yticks=[])
+    wave.set_title(title, parse_math=False)
     _spectrogram(spectrum, samples, rate)
     for axis, (name, words) in zip(labels, rows.items()):
         axis.set(ylim=(0, 1), yticks=[], ylabel="")
@@ -51,18 +53,23 @@ def draw_song(
     axes[-1, 0].set(xlim=(0, max(seconds, 0.01)), xlabel="seconds")
     lines = [line for line in lyrics.splitlines() if line.strip()]
     shown = lines if len(lines) <= 12 else [*lines[:11], f"... {len(lines) - 11} more lines"]
-    figure.text(0.5, -0.01, "\n".join(shown), ha="center", va="top", fontsize=10)
+    figure.text(0.5, -0.01, "\n".join(shown), ha="center", va="top", fontsize=10, parse_math=False)
     _save(plt, figure, path)
 
 
-def draw_spectrograms(path: Path, sounds: dict[str, Float[np.ndarray, " T"]], rate: int) -> None:
-    """Spectrograms one above the other, to compare them by eye."""
+def draw_spectrograms(path: Path, sounds: dict[str, Float[np.ndarray, " T"]], rate: int, columns: int = 1) -> None:
+    """Spectrograms under their names, row by row, to compare them by eye."""
     plt = _pyplot()
-    figure, axes = plt.subplots(len(sounds), 1, figsize=(11, 2.6 * len(sounds)), sharex=True, squeeze=False)
-    for axis, (name, samples) in zip(axes[:, 0], sounds.items()):
+    rows = -(-len(sounds) // columns)
+    size = (max(11, 5.5 * columns), 2.6 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, sharex=True, squeeze=False, layout="constrained")
+    for axis, (name, samples) in zip(axes.flat, sounds.items()):
         _spectrogram(axis, samples, rate)
-        axis.set_title(name, fontsize=10)
-    axes[-1, 0].set_xlabel("seconds")
+        axis.set_title(name, fontsize=10, parse_math=False)
+    longest = max(len(samples) for samples in sounds.values()) / rate
+    for axis in axes.flat[len(sounds) :]:
+        axis.set_axis_off()
+    axes[-1, 0].set(xlabel="seconds", xlim=(0, max(longest, 0.01)))
     _save(plt, figure, path)
 
 
@@ -97,7 +104,9 @@ def _pyplot() -> Any:
 
 def _save(plt: Any, figure: Any, path: Path) -> None:
     try:
-        figure.savefig(path, dpi=110, bbox_inches="tight")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # emoji: a box is drawn, which says as much
+            figure.savefig(path, dpi=110, bbox_inches="tight")
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
     finally:

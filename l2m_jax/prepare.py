@@ -1,47 +1,55 @@
-"""From a folder of songs to a prepared dataset. After `data`, before `attention`.
+"""From a folder of songs to a prepared dataset. After `encoders`, before `attention`.
 
-Workers write one atomic record a song; a rerun does only what is missing or has changed; then the records are packed.
+`prepare_songs` is all that is done to a song: read, encode, write one atomic record; it says what became of it. Here it
+runs in this process or in several; `beam` runs it on a cluster. A rerun does only what is missing or has changed; then
+the records are packed. Songs are read where they are encoded, and only their names and outcomes are kept.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Int
 from rich.console import Console
 
-from l2m_jax.audio import read_audio, write_atomic
-from l2m_jax.codec import Codec, encode
+from l2m_jax.audio import audio_seconds, read_audio, write_atomic
+from l2m_jax.codec import Codec
 from l2m_jax.config import UserError
-from l2m_jax.data import VERSION, Dataset, MadeWith, Record, pack, read_manifest, read_record, write_record
-from l2m_jax.lyrics import TextEncoder, encode_genre, encode_text, parse_lyrics
+from l2m_jax.data import Dataset, MadeWith, Record, pack, read_manifest, read_record, write_record
+from l2m_jax.encoders import Encoders, encode_sounds, signature, together
+from l2m_jax.lyrics import TextEncoder, encode_genre, encode_text, parse_lyrics, split_pieces, unknown_warning
+from l2m_jax.originals import TorchCodec
 from l2m_jax.progress import Bar, say
-from l2m_jax.songs import BadSong, Song, scan_songs
-from l2m_jax.weights import load_codec, load_text_encoder
+from l2m_jax.songs import AUDIO, BadSong, Song, read_song, song_folders, song_id
+
+WARNINGS = 20
+"""Warnings that are printed; report.json has all of them."""
 
 
-class Encoders(NamedTuple):
-    """Names of what turns sound and text into records, as `weights` takes them."""
+class Outcome(NamedTuple):
+    """What became of a song."""
 
-    codec: str = "solfege"
-    codebooks: int | None = None
-    text_encoder: str = "minilm"
-    text_layer: int = -1
-
-    def load(self) -> tuple[Codec, TextEncoder]:
-        """Both, loaded."""
-        return load_codec(self.codec, self.codebooks), load_text_encoder(self.text_encoder, self.text_layer)
+    song: str
+    source: str = ""
+    """Hash of the files that its record was made of; empty where it was left out."""
+    new: bool = False
+    """Whether the record was made now."""
+    reason: str = ""
+    """Why the song was left out."""
+    warnings: tuple[str, ...] = ()
 
 
 class Prepared(NamedTuple):
@@ -51,25 +59,17 @@ class Prepared(NamedTuple):
     new: int
     left_out: list[BadSong]
     warnings: list[str]
+    gone: list[str]
+    """Songs that have a record and no folder any more: not packed."""
 
 
-def signature(encoders: Encoders, codec: Codec, encoder: TextEncoder) -> MadeWith:
-    """What records made by these carry."""
+class Workshop(NamedTuple):
+    """All that a song needs to become a record."""
 
-    def place(name: str) -> str:
-        return str(Path(name).resolve()) if Path(name).is_dir() else name
-
-    return MadeWith(
-        version=VERSION,
-        codec=place(encoders.codec),
-        codec_fingerprint=codec.fingerprint,
-        text_encoder=place(encoders.text_encoder),
-        text_layer=encoders.text_layer,
-        text_fingerprint=encoder.fingerprint,
-        codebooks=codec.codebooks,
-        entries=codec.entries,
-        text_width=encoder.width,
-    )
+    records: Path
+    codec: Codec | TorchCodec
+    encoder: TextEncoder
+    made_with: MadeWith
 
 
 def source_hash(song: Song) -> str:
@@ -85,97 +85,166 @@ def source_hash(song: Song) -> str:
     return digest.hexdigest()[:16]
 
 
-def make_record(song: Song, codec: Codec, encoder: TextEncoder) -> Record:
-    """Sound and text of one song, encoded. UserError where its audio or lyrics cannot be read."""
-    samples = read_audio(song.audio, codec.rate)
+def make_record(song: Song, source: str, seconds: float, codes: Int[np.ndarray, "F K"], encoder: TextEncoder) -> Record:
+    """The record of a song whose sound is encoded already."""
     text = encode_text(encoder, parse_lyrics(song.lyrics, "lyrics.txt"))
-    times = song.word_times
     return Record(
         song=song.id,
         lyrics=song.lyrics,
         genre=song.genre,
-        source=source_hash(song),
-        seconds=np.asarray(len(samples) / codec.rate, np.float32),
-        codes=encode(codec, samples),
+        source=source,
+        seconds=np.asarray(seconds, np.float32),
+        codes=codes,
         lyric_states=text.states,
         genre_states=encode_genre(encoder, song.genre),
         section=text.section,
         word=text.word,
-        word_times=np.zeros((0, 3), np.float32) if times is None else times,
+        word_times=np.zeros((0, 3), np.float32) if song.word_times is None else song.word_times,
     )
 
 
+def prepare_songs(folders: Sequence[Path], shop: Workshop) -> list[Outcome]:
+    """Makes the records of songs that have none, or one of other files or encoders; their sounds are one batch.
+
+    A song that cannot be used is an outcome with its reason. UserError where a record cannot be written.
+    """
+    outcomes: list[Outcome] = []
+    songs: list[Song] = []
+    sounds: list[Float[np.ndarray, " _"]] = []
+    for folder in folders:
+        name, path = song_id(folder), shop.records / f"{folder.name}.npz"
+        try:
+            song = read_song(folder)
+            source = source_hash(song)
+            parsed = parse_lyrics(song.lyrics, f"{name}/lyrics.txt")
+            unknown = unknown_warning(shop.encoder, split_pieces(shop.encoder, parsed), f"{name}/lyrics.txt")
+            new = not _is_done(path, source, shop.made_with)
+            if new:
+                sounds.append(read_audio(song.audio, shop.codec.rate))
+                songs.append(song)
+            outcomes.append(Outcome(name, source, new, warnings=(*parsed.warnings, *unknown)))
+        except UserError as error:
+            outcomes.append(Outcome(name, reason=str(error)))
+    made = (outcome for outcome in outcomes if outcome.new)
+    for outcome, song, sound, codes in zip(made, songs, sounds, encode_sounds(shop.codec, sounds)):
+        record = make_record(song, outcome.source, len(sound) / shop.codec.rate, codes, shop.encoder)
+        write_record(shop.records / f"{song.id}.npz", record, shop.made_with)
+    return outcomes
+
+
+def open_shop(out: Path, encoders: Encoders) -> tuple[Workshop, Dataset | None]:
+    """Encoders and the folder of records; and what was packed before, if it can be read.
+
+    UserError where `out` cannot be written or was prepared with other encoders.
+    """
+    codec, encoder = encoders.load()
+    shop = Workshop(out / "records", codec, encoder, signature(encoders, codec, encoder))
+    try:
+        shop.records.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror}") from None
+    try:
+        packed = Dataset(out)
+    except UserError:  # there is none, or one that must be packed again
+        return shop, None
+    if apart := packed.made_with.differences(shop.made_with):
+        way = "name another folder"
+        if packed.made_with.text_layer != encoders.text_layer:
+            way += f", or prepare with the same --text-layer {packed.made_with.text_layer}"
+        raise UserError(f"{out} was prepared with another origin ({'; '.join(apart)}): {way}")
+    return shop, packed
+
+
+def similar(folders: Sequence[Path], size: int) -> Iterator[tuple[Path, ...]]:
+    """Batches of `size` songs; where that is more than one, of similar length: sorted by it, some batches at a time."""
+
+    def seconds(folder: Path) -> float:
+        try:
+            return max(audio_seconds(path) for path in folder.iterdir() if path.suffix.lower() in AUDIO)
+        except (UserError, OSError, ValueError):  # what is wrong with it is said when it is read
+            return 0.0
+
+    for start in range(0, len(folders), 32 * size):
+        some = folders[start : start + 32 * size]
+        some = sorted(some, key=seconds) if size > 1 else some
+        yield from (tuple(some[i : i + size]) for i in range(0, len(some), size))
+
+
 def prepare(
-    folder: Path, out: Path, encoders: Encoders | None = None, workers: int = 1, console: Console | None = None
+    folder: Path,
+    out: Path,
+    encoders: Encoders | None = None,
+    workers: int = 1,
+    console: Console | None = None,
+    shard: tuple[int, int] | None = None,
 ) -> Prepared:
     """Prepares every song of `folder` into `out`; songs that cannot be are named in the result and in report.json.
 
-    UserError where there are no songs at all, `out` cannot be written or was prepared with other encoders.
+    With `shard` (i, n), only the records of the i-th of n parts are made, counted from 1: one machine's share. Without
+    it, what is missing is made and everything is packed. UserError where there are no songs at all, `out` cannot be
+    written or was prepared with other encoders.
     """
     console, encoders = console or Console(), encoders or Encoders()
     if workers < 1:
         raise UserError(f"--workers is {workers}; allowed: 1 and above")
-    songs, left_out = scan_songs(folder)
-    warnings = [f"{s.id}/{w}" for s in songs for w in parse_lyrics(s.lyrics, "lyrics.txt").warnings]
-    for line in warnings:
-        say(console, f"warning: {line}")
-    codec, encoder = encoders.load()
-    made_with = signature(encoders, codec, encoder)
-    records = out / "records"
-    try:
-        records.mkdir(parents=True, exist_ok=True)
-        for stale in records.glob(".*.npz.*"):  # of a run that was killed
+    folders = song_folders(folder)
+    if shard:
+        if not 1 <= shard[0] <= shard[1]:
+            raise UserError(f"--shard is {shard[0]}/{shard[1]}; allowed: 1/N to N/N")
+        folders = folders[shard[0] - 1 :: shard[1]]
+    shop, packed = open_shop(out, encoders)
+    if not shard:  # another machine may be writing these
+        for stale in shop.records.glob(".*.npz.*"):  # of a run that was killed
             stale.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror}") from None
-    packed = _open_packed(out)
-    if packed is not None and (apart := packed.made_with.differences(made_with)):
-        raise UserError(f"{out} was prepared with another origin ({'; '.join(apart)}): name another folder")
 
-    sources: dict[str, str] = {}
-    for song in songs:
-        try:
-            sources[song.id] = source_hash(song)
-        except UserError as error:
-            left_out.append(BadSong(song.id, str(error)))
-    songs = [song for song in songs if song.id in sources]
-    paths = {song.id: records / f"{song.id}.npz" for song in songs}
-    missing = [song for song in songs if not _is_done(paths[song.id], sources[song.id], made_with)]
-    if len(missing) < len(songs):
-        say(console, f"{len(songs) - len(missing)} of {len(songs)} songs are prepared already")
-    with Bar(console, "preparing songs", len(missing), "songs") as bar:
-        if workers == 1 or len(missing) < 2:
-            results = (_work(s, paths[s.id], codec, encoder, made_with) for s in missing)
-        else:
-            results = _work_in_processes(missing, paths, encoders, made_with, workers)
-        for done, bad in enumerate(results, 1):
-            bar.update(done)
-            if bad is not None:
-                left_out.append(bad)
+    batches = similar(folders, together(shop.codec))
+    if workers == 1 or len(folders) < 2:
+        results = (prepare_songs(batch, shop) for batch in batches)
+    else:
+        results = _in_processes(batches, out, encoders, min(workers, len(folders)))
+    outcomes, warned = [], 0
+    with Bar(console, "preparing songs", len(folders), "songs") as bar:
+        for outcome in itertools.chain.from_iterable(results):
+            outcomes.append(outcome)
+            for warning in outcome.warnings[: max(WARNINGS - warned, 0)]:
+                say(console, f"warning: {warning}")
+            warned += len(outcome.warnings)
+            bar.update(len(outcomes))
+    if warned > WARNINGS:
+        say(console, f"{warned - WARNINGS} more warnings: report.json in {out} lists them once the songs are packed")
+    place = {song_id(path): i for i, path in enumerate(folders)}
+    outcomes.sort(key=lambda outcome: place[outcome.song])  # as workers finish, so they come
+    if shard:
+        return summary(outcomes, [])
+    done = report(folder, out, outcomes)
+    kept = [outcome for outcome in outcomes if not outcome.reason]
+    if packed is None or [(x["song"], x["source"]) for x in read_manifest(out)] != [(o.song, o.source) for o in kept]:
+        paths = [shop.records / f"{outcome.song}.npz" for outcome in kept]
+        _check_room(out, paths)
+        pack(out, paths, shop.made_with)
+    return done
 
-    bad_ids = {bad.id for bad in left_out}
-    kept = [song.id for song in songs if song.id not in bad_ids]
-    report = {
-        "songs": len(kept),
-        "left_out": [b.__dict__ for b in left_out],
-        "warnings": warnings,
-    }
-    write_atomic(out / "report.json", (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
-    if not kept:
-        reasons = "; ".join(f"{b.id}: {b.reason}" for b in left_out[:5])
+
+def summary(outcomes: Iterable[Outcome], gone: list[str]) -> Prepared:
+    """Outcomes, counted and gathered."""
+    outcomes = list(outcomes)
+    left_out = [BadSong(o.song, o.reason) for o in outcomes if o.reason]
+    warnings = [warning for outcome in outcomes for warning in outcome.warnings]
+    return Prepared(len(outcomes) - len(left_out), sum(o.new for o in outcomes), left_out, warnings, gone)
+
+
+def report(folder: Path, out: Path, outcomes: Sequence[Outcome]) -> Prepared:
+    """Writes report.json of a whole folder. UserError where not one song is left."""
+    there = {outcome.song for outcome in outcomes}
+    gone = sorted(path.stem for path in (out / "records").glob("*.npz") if path.stem not in there)
+    done = summary(outcomes, gone)
+    content = done._asdict() | {"left_out": [bad.__dict__ for bad in done.left_out]}
+    del content["new"]
+    write_atomic(out / "report.json", (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    if not done.songs:
+        reasons = "; ".join(f"{b.id}: {b.reason}" for b in done.left_out[:5])
         raise UserError(f"{folder}: not one song could be prepared ({reasons})")
-    if packed is None or [(x["song"], x["source"]) for x in read_manifest(out)] != [(i, sources[i]) for i in kept]:
-        _check_room(out, [paths[i] for i in kept])
-        pack(out, [paths[i] for i in kept], made_with)
-    return Prepared(len(kept), sum(song.id not in bad_ids for song in missing), left_out, warnings)
-
-
-def _open_packed(out: Path) -> Dataset | None:
-    """The dataset of a preparation before; None where there is none, or one that must be packed again."""
-    try:
-        return Dataset(out)
-    except UserError:
-        return None
+    return done
 
 
 def _check_room(out: Path, records: list[Path]) -> None:
@@ -193,21 +262,11 @@ def _is_done(path: Path, source: str, made_with: MadeWith) -> bool:
     return not theirs.differences(made_with) and record.source == source
 
 
-def _work(song: Song, path: Path, codec: Codec, encoder: TextEncoder, made_with: MadeWith) -> BadSong | None:
-    try:
-        record = make_record(song, codec, encoder)
-    except UserError as error:
-        path.unlink(missing_ok=True)
-        return BadSong(song.id, str(error))
-    write_record(path, record, made_with)
-    return None
+_shop: Workshop | None = None  # of a worker process
 
 
-_loaded: tuple[Codec, TextEncoder] | None = None  # of a worker process
-
-
-def _start_worker(encoders: Encoders, parent: int) -> None:
-    global _loaded
+def _start_worker(out: Path, encoders: Encoders, parent: int) -> None:
+    global _shop
 
     def leave_with_parent() -> None:
         while os.getppid() == parent:
@@ -215,23 +274,27 @@ def _start_worker(encoders: Encoders, parent: int) -> None:
         os._exit(1)  # a parent that was killed must not leave workers behind
 
     threading.Thread(target=leave_with_parent, daemon=True).start()
-    _loaded = encoders.load()
+    _shop = open_shop(out, encoders)[0]
 
 
-def _work_in_worker(song: Song, path: Path, made_with: MadeWith) -> BadSong | None:
-    assert _loaded is not None  # _start_worker has run
-    return _work(song, path, *_loaded, made_with)
+def _work(folders: tuple[Path, ...]) -> list[Outcome]:
+    assert _shop is not None  # _start_worker has run
+    return prepare_songs(folders, _shop)
 
 
-def _work_in_processes(
-    songs: list[Song], paths: dict[str, Path], encoders: Encoders, made_with: MadeWith, workers: int
-) -> Iterator[BadSong | None]:
+def _in_processes(
+    batches: Iterator[tuple[Path, ...]], out: Path, encoders: Encoders, workers: int
+) -> Iterator[list[Outcome]]:
     context = multiprocessing.get_context("spawn")  # JAX has threads: a fork would deadlock
-    pool = ProcessPoolExecutor(min(workers, len(songs)), context, _start_worker, (encoders, os.getpid()))
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (out, encoders, os.getpid()))
+    waiting: set[Future[list[Outcome]]] = set()
     try:
-        futures = [pool.submit(_work_in_worker, s, paths[s.id], made_with) for s in songs]
-        for future in as_completed(futures):
-            yield future.result()
+        for batch in batches:
+            waiting.add(pool.submit(_work, batch))
+            if len(waiting) == 4 * workers:  # a million songs must not stand in line
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        yield from (future.result() for future in as_completed(waiting))
     except BrokenProcessPool:
         raise UserError(
             "a worker died (out of memory?); finished songs are kept: run the same command again, with fewer --workers"

@@ -10,7 +10,8 @@ import numpy as np
 from safetensors.numpy import save
 
 from l2m_jax.audio import write_atomic
-from l2m_jax.encodec import Chain, Conv, Encodec, EncodecConfig, Layer, Lstm, Residual, Upsample
+from l2m_jax.encodec import Encodec, EncodecConfig, Residual
+from l2m_jax.seanet import Chain, Conv, Layer, Lstm, Upsample
 
 Tensors = Iterator[tuple[str, np.ndarray]]
 

@@ -1,14 +1,15 @@
-"""The decode loop: from a memory to token ids, song by song until each one ends. After `log`, before `train`.
+"""The decode loop: from a memory to token ids, song by song until each one ends. After `rule`, before `train`.
 
-Four parts: rule (logits -> ids), state, loop, and the caller `sample_codes`. It knows ids and a layout, neither lyrics
-nor sound. The cache starts small and grows through a few sizes, so that the first second does not pay for a long song.
+It knows ids and a layout, neither lyrics nor sound. The cache starts small and grows through a few sizes, so that the
+first second does not pay for a long song.
 """
 
 from __future__ import annotations
 
 import collections
 import functools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,30 +17,37 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from l2m_jax.attention import to_pages
 from l2m_jax.config import SampleConfig, UserError
-from l2m_jax.model import KINDS, KeysValues, Memory, Prompt, SoundTransformer
-from l2m_jax.tokens import Layout, padded_length
+from l2m_jax.model import KeysValues, Layer, Memory, Pages, Prompt, SoundTransformer
+from l2m_jax.rule import Rule, draw, guide, make_rule, penalise, variants
+from l2m_jax.tokens import Layout
 
-SEGMENT = 256  # positions between looks at the host: progress, early stop
-SMALLEST_CACHE = 512
+FIRST, LONGEST = 75, 300  # frames between looks at the host: a stream begins early, and the longer it is the fewer
+PAGE = 512  # positions of the cache that one product reads
 
 
 class SampleState(NamedTuple):
-    """Where the loop stands. R = B x variants rows: with guidance each song is computed in three variants."""
+    """Where the loop stands."""
 
     position: Int[Array, ""]  # of the target that is drawn next
     heard: Int[Array, "B J"]  # input at that position
     said: Int[Array, "B T J"]  # targets so far
     end: Int[Array, " B"]  # frame at which each song ended; past the window where it has not
-    logprob: Float[Array, " B"]  # of what was said, under the distribution it was drawn from
-    cache: tuple[KeysValues, ...]  # a layer each, [R, N, C, H]
+    logprob: Float[Array, " B"]  # of what was drawn, under the model's own distribution
 
 
-class Limits(NamedTuple):
-    """Frames: END may come from `least` on and must come at `most`."""
+class Context(NamedTuple):
+    """What stays the same from step to step, computed once. R = B x variants rows: guidance computes several."""
 
-    least: Int[Array, " B"]
-    most: Int[Array, " B"]
+    layers: list[Layer]  # unstacked: slices of the stack would be copied at every step
+    lyrics: list[KeysValues]  # of each layer, [R, N, M, H]
+    memory: Memory  # [R, M, D]
+    rule: Rule
+    luck: Float[Array, "B T J"]  # uniform in [0, 1): a number a draw
+    given: Int[Array, "B T J"]  # targets that are said as they were given; -1 where they are drawn
+    least: Int[Array, " B"]  # frame from which on END may come
+    most: Int[Array, " B"]  # frame at which END must come
 
 
 class Song(NamedTuple):
@@ -47,115 +55,112 @@ class Song(NamedTuple):
 
     codes: Int[np.ndarray, "F K"]
     ended: bool  # by itself, not by the length limit
-    logprob: float  # sum over its codes, natural logarithm
+    logprob: float  # of the drawn codes under the model's own distribution, natural logarithm
 
 
-def draw(
-    logits: Float[Array, "B J W"], allowed: Bool[Array, "B J W"], keys: Key[Array, " B"], rule: SampleConfig
-) -> tuple[Int[Array, "B J"], Float[Array, "B J"]]:
-    """Ids drawn from the allowed logits, with the log-probability of each under the rule's distribution.
-
-    Temperature first, then the k likeliest (Fan et al., 2018), then the nucleus of mass p (Holtzman et al., 2020).
-    """
-    logits = jnp.where(allowed, logits, -jnp.inf)
-    if rule.temperature == 0:
-        ids = logits.argmax(-1)
-        return ids, jnp.take_along_axis(jax.nn.log_softmax(logits), ids[..., None], -1)[..., 0]
-    logits = logits / rule.temperature
-    width = logits.shape[-1]
-    kept = min(rule.top_k or width, width)
-    if kept < width or rule.top_p < 1:
-        best, order = jax.lax.top_k(logits, kept)
-        if rule.top_p < 1:
-            before = jnp.cumsum(jax.nn.softmax(best), -1) - jax.nn.softmax(best)
-            best = jnp.where(before < rule.top_p, best, -jnp.inf)
-    else:
-        best, order = logits, jnp.broadcast_to(jnp.arange(width), logits.shape)
-    chosen = jax.vmap(jax.random.categorical)(keys, best)
-    logprob = jnp.take_along_axis(jax.nn.log_softmax(best), chosen[..., None], -1)[..., 0]
-    return jnp.take_along_axis(order, chosen[..., None], -1)[..., 0], logprob
+Cache = list[Pages]  # a layer each
 
 
-def guide(logits: Float[Array, "B variants J W"], rule: SampleConfig) -> Float[Array, "B J W"]:
-    """l(0, 0) + g_genre (l(0, genre) - l(0, 0)) + g_lyrics (l(lyrics, genre) - l(0, genre)).
-
-    Classifier-free guidance with a weight for each condition (Ho and Salimans, 2022; Brooks et al., 2023).
-    """
-    if logits.shape[1] == 1:
-        return logits[:, 0]
-    none, genre, both = logits[:, 0], logits[:, 1], logits[:, 2]
-    guided = none + rule.guidance_genre * (genre - none) + rule.guidance_lyrics * (both - genre)
-    return jnp.where(jnp.isfinite(both), guided, -jnp.inf)  # ids that pad the space are -inf in all three
-
-
-def variants(rule: SampleConfig) -> Bool[np.ndarray, "variants kinds"]:
-    """Which kinds (genre, lyrics) each variant keeps: all in one where nothing is guided."""
-    if rule.guidance_lyrics == 1 and rule.guidance_genre == 1:
-        return np.ones((1, KINDS), bool)
-    return np.array([[False, False], [True, False], [True, True]])
-
-
-@functools.partial(jax.jit, static_argnames=("layout", "rule"), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("layout", "window"), donate_argnames=("cache",))
 def _segment(
     model: SoundTransformer,
-    memory: Memory,
+    context: Context,
     state: SampleState,
-    keys: Key[Array, " B"],
-    limits: Limits,
+    cache: Cache,
     stop: Int[Array, ""],
     layout: Layout,
-    rule: SampleConfig,
-) -> SampleState:
-    """Positions up to `stop`, or until every song has said all of its codes."""
-    layers = model.unstacked()
-    lyrics = [layer.cross_attention.keys_values(memory.states) for layer in layers]
-    songs, count = state.heard.shape[0], len(variants(rule))
+    window: int,
+) -> tuple[SampleState, Cache]:
+    """Positions up to `stop`, or until every song has said all of its codes; `window` is repetition control's."""
+    songs, count = state.heard.shape[0], len(context.rule.guidance)
 
-    def unfinished(state: SampleState) -> Array:
+    def unfinished(carry: tuple[SampleState, Cache]) -> Array:
+        state = carry[0]
         return (state.position < stop) & (state.position < layout.length(state.end)).any()
 
-    def step(state: SampleState) -> SampleState:
-        place = layout.place(state.position[None])
-        x = jnp.repeat(model.embed(state.heard[:, None], place), count, axis=0)
-        cache = []
-        for layer, keys_values, kept in zip(layers, lyrics, state.cache):
-            x, kept = layer.step(x, kept, keys_values, memory.seen, state.position)
-            cache.append(kept)
-        logits = guide(model.logits(x).reshape(songs, count, layout.streams, -1), rule)
-        allowed = layout.allowed(state.position, state.end, *limits)
-        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, state.position)
-        ids, logprob = draw(logits, allowed, step_keys, rule)
+    def step(carry: tuple[SampleState, Cache]) -> tuple[SampleState, Cache]:
+        (position, heard, said, end, logprob), cache = carry
+        x = jnp.repeat(model.embed(heard[:, None], layout.place(position[None])), count, axis=0)
+        kept = []
+        for layer, lyrics, old in zip(context.layers, context.lyrics, cache):
+            x, new = layer.step(x, old, lyrics, context.memory.seen, position)
+            kept.append(new)
+        logits = model.logits(x).reshape(songs, count, layout.streams, -1)
+        allowed = layout.allowed(position, end, context.least, context.most)
+        own = jax.nn.log_softmax(jnp.where(allowed, logits[:, -1], -jnp.inf))
+        logits = guide(logits, context.rule)
+        if context.rule.repetition is not None:
+            first = jnp.maximum(position - window, 0)
+            recent = jax.lax.dynamic_slice_in_dim(said, first, window, 1)
+            recent = jnp.where((first + jnp.arange(window) < position)[:, None], recent, -1)
+            logits = penalise(logits, recent, context.rule.repetition)
+        ids = draw(logits, allowed, context.luck[:, position], context.rule).astype(jnp.int32)
+        given = context.given[:, position]
+        drawn = jnp.where(given < 0, jnp.take_along_axis(own, ids[..., None], -1)[..., 0], 0.0)
+        ids = jnp.where(given < 0, ids, given)
         ended = ids[:, 0] == layout.end
-        return SampleState(
-            position=state.position + 1,
+        after = SampleState(
+            position=position + 1,
             heard=jnp.where(ids == layout.end, layout.pad, ids),
-            said=jax.lax.dynamic_update_slice_in_dim(state.said, ids[:, None].astype(jnp.int32), state.position, 1),
-            end=jnp.where(ended, jnp.minimum(state.end, layout.head_frame(state.position)), state.end),
-            logprob=state.logprob + logprob.sum(-1),
-            cache=tuple(cache),
+            said=jax.lax.dynamic_update_slice_in_dim(said, ids[:, None], position, 1),
+            end=jnp.where(ended, jnp.minimum(end, layout.target_frames(position)[0]), end),
+            logprob=logprob + drawn.sum(-1),
         )
+        return after, kept
 
-    return jax.lax.while_loop(unfinished, step, state)
-
-
-@functools.partial(jax.jit, static_argnames=("size",))
-def _grow(cache: tuple[KeysValues, ...], size: int) -> tuple[KeysValues, ...]:
-    return jax.tree.map(lambda c: jnp.pad(c, ((0, 0), (0, 0), (0, size - c.shape[2]), (0, 0))), cache)
+    return jax.lax.while_loop(unfinished, step, (state, cache))
 
 
-def start(model: SoundTransformer, layout: Layout, songs: int, rows: int, positions: int) -> SampleState:
-    """The state before the first code, with the smallest cache."""
-    attention = model.layers.self_attention
-    shape = (rows, attention.heads, min(SMALLEST_CACHE, positions), attention.key.out_features // attention.heads)
-    empty = [KeysValues(jnp.zeros(shape, model.dtype), jnp.zeros(shape, model.dtype)) for _ in range(model.depth)]
-    return SampleState(
-        position=jnp.array(0),
-        heard=jnp.full((songs, layout.streams), layout.bos, jnp.int32),
-        said=jnp.full((songs, positions, layout.streams), layout.pad, jnp.int32),
-        end=jnp.full(songs, layout.frames + 1),
-        logprob=jnp.zeros(songs),
-        cache=tuple(empty),
-    )
+@functools.partial(jax.jit, static_argnames=("layout", "size"))
+def _prefill(model: SoundTransformer, context: Context, layout: Layout, size: int) -> Cache:
+    """The cache of `size` positions with their inputs given, in one forward pass; those not given are written later."""
+    heard = jnp.pad(context.given, ((0, 0), (1, max(size - layout.positions, 0)), (0, 0)), constant_values=layout.bos)
+    heard = jnp.where(heard < 0, layout.pad, heard)[:, :size]
+    x = jnp.repeat(model.embed(heard, layout.place(jnp.arange(size))), len(context.rule.guidance), axis=0)
+    kept = jax.lax.scan(lambda x, layer: layer.prefill(x, context.memory), x, model.layers)[1]
+    return [Pages(*(to_pages(x[i], min(PAGE, size)) for x in kept)) for i in range(model.depth)]
+
+
+@functools.partial(jax.jit, static_argnames=("layout",))
+def _context(
+    model: SoundTransformer,
+    rule: Rule,
+    rows: Prompt,
+    kinds: Bool[Array, "R kinds"],
+    keys: Key[Array, " B"],
+    given: Int[Array, "B T J"],
+    least: Int[Array, " B"],
+    most: Int[Array, " B"],
+    layout: Layout,
+) -> Context:
+    """What stays the same. A draw's luck hangs on its song's key and its position alone."""
+    memory, layers = model.memory(rows, kinds), model.unstacked()
+    lyrics = [layer.cross_attention.keys_values(memory.states) for layer in layers]
+
+    def fortune(key: Array, position: Array) -> Array:
+        return jax.random.uniform(jax.random.fold_in(key, position), (layout.streams,))
+
+    luck = jax.vmap(jax.vmap(fortune, (None, 0)), (0, None))(keys, jnp.arange(layout.positions))
+    return Context(layers, lyrics, memory, rule, luck, given, least, most)
+
+
+def grow(cache: Cache, pages: int) -> None:
+    """Gives every layer more pages, one after the other: never is there more than one of them twice."""
+    for i, layer in enumerate(cache):
+        if len(layer.keys) < pages:
+            cache[i] = Pages(*(_longer(x, pages) for x in layer))
+
+
+@functools.partial(jax.jit, static_argnames="pages")
+def _longer(x: Float[Array, "P G H"], pages: int) -> Float[Array, "pages G H"]:
+    return jnp.pad(x, ((0, pages - len(x)), (0, 0), (0, 0)))
+
+
+def cache_size(positions: int, layout: Layout) -> int:
+    """Positions of the cache in which `positions` are run: few sizes are few compilations, small steps little waste."""
+    page = min(PAGE, layout.positions)
+    step = page * (1 if positions <= page else 2 if positions <= 16 * page else 4)
+    return min(-(-positions // step) * step, -(-layout.positions // page) * page)
 
 
 def sample_states(
@@ -163,46 +168,122 @@ def sample_states(
     layout: Layout,
     prompt: Prompt,
     rule: SampleConfig,
-    seeds: list[int],
-    frames: int,
-    least: int = 0,
+    seeds: Sequence[int],
+    frames: int | Sequence[int],
+    least: int | Sequence[int] = 0,
+    given: Sequence[Int[np.ndarray, "_ K"]] | None = None,
 ) -> Iterator[SampleState]:
-    """The state after every segment; the last one is whole. The same seed gives the same song within one batch size.
+    """The state after every segment; the last one is whole.
 
-    `frames` is the longest a song may get, `least` the shortest; UserError where they do not fit the window.
+    For each of the songs: its row of `prompt`, its seed, the longest (`frames`) and the shortest (`least`) that it may
+    get, and the codes [F0, K] that it begins with, kept as they are; the draw begins after them. The same seed gives
+    the same song within one batch size: 1, 2, 4, 8, ..., to which a batch is padded.
+    UserError where lengths do not fit the window, or `given` is longer than its song may get.
     """
-    if not 0 < frames <= layout.frames:
-        raise UserError(f"the length limit is {frames} frames; allowed: 1 to the model's window of {layout.frames}")
-    songs, kinds = len(seeds), variants(rule)
-    rows = jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x), len(kinds), axis=0), prompt)
-    memory = jax.jit(SoundTransformer.memory)(model, rows, jnp.tile(kinds, (songs, 1)))
-    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
-    limits = Limits(jnp.full(songs, min(least, frames)), jnp.full(songs, frames))
-    length = layout.length(frames)
-    state = start(model, layout, songs, len(kinds) * songs, padded_length(length))
-    position = 0
-    while position < length:
-        stop = min(position + SEGMENT, length)
-        size = state.cache[0].keys.shape[2]
-        if stop > size:
-            state = state._replace(cache=_grow(state.cache, min(2 * size, padded_length(length))))
-        state = _segment(model, memory, state, keys, limits, jnp.array(stop), layout, rule)
-        yield state
+    songs = len(seeds)
+    most, shortest = _each(frames, songs), _each(least, songs)
+    given = [np.zeros((0, layout.codebooks), np.int32)] * songs if given is None else given
+    _check(layout, most, given)
+    context = _start(model, layout, prompt, rule, seeds, most, shortest, given)
+    position = min(map(len, given)) * layout.codebooks // layout.streams  # the first that is not given to every song
+    size, page = cache_size(position + 1, layout), cache_size(1, layout)
+    rows = math.prod(context.lyrics[0].keys.shape[:2])  # of a page
+    if position:
+        cache = _prefill(model, context, layout, size)
+    else:
+        empty = jnp.zeros((rows * size // page, page, context.lyrics[0].keys.shape[-1]), model.dtype)
+        cache = [Pages(empty.copy(), empty.copy()) for _ in context.layers]
+    said = jnp.where(context.given < 0, layout.pad, context.given)
+    state = SampleState(
+        position=jnp.array(position),
+        heard=said[:, position - 1] if position else jnp.full_like(said[:, 0], layout.bos),
+        said=said,
+        end=jnp.where(jnp.arange(len(said)) < songs, layout.frames + 1, 0),  # what pads the batch has ended
+        logprob=jnp.zeros(len(said)),
+    )
+    window = min(rule.repetition_window * layout.codebooks // layout.streams, layout.positions)
+    window = window if context.rule.repetition is not None else 0
+    begun, stretch = position, FIRST * layout.codebooks // layout.streams
+    while position < layout.length(max(most)):
+        stop = min(position + stretch, layout.length(max(most)))
+        stretch = min(max(stretch, stop - begun), LONGEST * layout.codebooks // layout.streams)
+        grow(cache, rows * cache_size(stop, layout) // page)
+        state, cache = _segment(model, context, state, cache, jnp.array(stop), layout, window)
+        yield SampleState(state.position, *(x[:songs] for x in state[1:]))
         if int(state.position) < stop:  # every song has ended
             return
         position = stop
 
 
-def finished(state: SampleState, layout: Layout, frames: int) -> list[Song]:
-    """The songs of the last state."""
-    said, end, logprob = (np.asarray(x) for x in (state.said, state.end, state.logprob))
-    lengths = np.minimum(end, frames)
-    return [Song(layout.decode(ids, int(n)), bool(n < frames), float(p)) for ids, n, p in zip(said, lengths, logprob)]
+def _check(layout: Layout, most: list[int], given: Sequence[np.ndarray]) -> None:
+    for limit, codes in zip(most, given):
+        if not 0 < limit <= layout.frames:
+            raise UserError(f"the length limit is {limit} frames; allowed: 1 to the model's window of {layout.frames}")
+        if len(codes) > limit:
+            raise UserError(f"{len(codes)} frames are given and the song may get {limit}: give fewer, or allow more")
+        if codes.size and not 0 <= codes.min() <= codes.max() < layout.entries:
+            raise UserError(f"given codes are {codes.min()} to {codes.max()}; allowed: 0 to {layout.entries - 1}")
+
+
+def _start(
+    model: SoundTransformer,
+    layout: Layout,
+    prompt: Prompt,
+    config: SampleConfig,
+    seeds: Sequence[int],
+    most: list[int],
+    least: list[int],
+    given: Sequence[np.ndarray],
+) -> Context:
+    """The context of a batch that is padded to 1, 2, 4, 8, ... songs with copies of the first."""
+    kinds = variants(config)
+    batch = 1 << (len(seeds) - 1).bit_length()
+
+    def pad(values: np.ndarray) -> np.ndarray:
+        return np.concatenate([values, np.repeat(values[:1], batch - len(values), axis=0)])
+
+    frame = np.asarray(jax.vmap(layout.target_frames)(jnp.arange(layout.positions)))
+    targets = [np.where(frame < len(codes), layout.encode(codes).targets, -1) for codes in given]
+    return _context(
+        model,
+        make_rule(config),
+        jax.tree.map(lambda x: np.repeat(pad(np.asarray(x)), len(kinds), axis=0), prompt),
+        np.tile(kinds, (batch, 1)),
+        jnp.stack([jax.random.key(seed) for seed in pad(np.array(seeds, np.uint32))]),
+        pad(np.stack(targets)),
+        pad(np.minimum(np.maximum(least, [len(codes) for codes in given]), most)),
+        pad(np.array(most)),
+        layout,
+    )
+
+
+def _each(value: int | Sequence[int], songs: int) -> list[int]:
+    return [value] * songs if isinstance(value, int) else list(value)
+
+
+def said(state: SampleState, layout: Layout, frames: int | Sequence[int]) -> list[Song]:
+    """The songs as far as they are complete: for `delay` without the frames whose later codebooks are still to come.
+
+    Works on every state. `frames` is the limit that `sample_states` had. `logprob` is the model's own: of the codes
+    that were drawn (given ones do not count) and of END, given lyrics and genre, at temperature 1, without guidance,
+    repetition control or filters.
+    """
+    targets, end, logprob = (np.asarray(x) for x in (state.said, state.end, state.logprob))
+    limits = np.array(_each(frames, len(end)))
+    complete = max(int(layout.target_frames(state.position)[-1]), 0)
+    lengths = np.minimum(np.minimum(end, limits), complete)
+    ended = (end < limits) & (end <= complete)
+    return [
+        Song(layout.decode(ids, int(n)), bool(e), float(p)) for ids, n, e, p in zip(targets, lengths, ended, logprob)
+    ]
+
+
+finished = said  # the songs of the last state
 
 
 def sample_codes(
-    model: SoundTransformer, layout: Layout, prompt: Prompt, rule: SampleConfig, seeds: list[int], frames: int
+    model: SoundTransformer, layout: Layout, prompt: Prompt, rule: SampleConfig, seeds: Sequence[int], frames: int
 ) -> list[Song]:
     """The songs of the prompts, to their ends or to `frames`."""
     last = collections.deque(sample_states(model, layout, prompt, rule, seeds, frames), maxlen=1).pop()
-    return finished(last, layout, frames)
+    return said(last, layout, frames)

@@ -52,10 +52,10 @@ class BadSong:
     """One line: which file, what is wrong, what is allowed."""
 
 
-def scan_songs(folder: str | Path) -> tuple[list[Song], list[BadSong]]:
-    """Songs and bad songs of `folder`, each in natural order (song_2 before song_10).
+def song_folders(folder: str | Path) -> list[Path]:
+    """The song folders of `folder` in natural order (song_2 before song_10); UserError if there is none at all.
 
-    Hidden folders and files beside the song folders are ignored. Raises UserError if there is no song folder at all.
+    Hidden folders and files beside the song folders are ignored.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -67,12 +67,22 @@ def scan_songs(folder: str | Path) -> tuple[list[Song], list[BadSong]]:
         raise UserError(
             f"{folder}: no song folders; put each song in its own: song_001/lyrics.txt and song_001/audio.mp3"
         )
+    return [folder / name for name in sorted(names, key=_natural)]
+
+
+def song_id(folder: Path) -> str:
+    """The folder's name, with what is not UTF-8 in it spelled out."""
+    return folder.name.encode(errors="backslashreplace").decode()
+
+
+def scan_songs(folder: str | Path) -> tuple[list[Song], list[BadSong]]:
+    """Songs and bad songs of `folder`, each in the order of `song_folders`."""
     songs, bad = [], []
-    for name in sorted(names, key=_natural):
+    for path in song_folders(folder):
         try:
-            songs.append(read_song(folder / name))
+            songs.append(read_song(path))
         except UserError as error:
-            bad.append(BadSong(name.encode(errors="backslashreplace").decode(), str(error)))
+            bad.append(BadSong(song_id(path), str(error)))
     return songs, bad
 
 

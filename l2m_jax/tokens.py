@@ -138,9 +138,9 @@ class Flatten(_Layout):
         codebook = jnp.where(position == 0, self.codebooks, before % self.codebooks)
         return Place(before // self.codebooks, codebook)
 
-    def head_frame(self, position: Int[Array, ""]) -> Int[Array, ""]:
-        """The frame at which END would fall if it were said at target `position`."""
-        return position // self.codebooks
+    def target_frames(self, position: Int[Array, ""]) -> Int[Array, " J"]:
+        """The frame of each stream's target at `position`, which is also where END falls if stream 0 says it."""
+        return position[None] // self.codebooks
 
     def allowed(
         self, position: Int[Array, ""], end: Int[Array, " B"], least: Int[Array, " B"], most: Int[Array, " B"]
@@ -188,16 +188,16 @@ class Delay(_Layout):
         """Frame of codebook 0 at the input `position`; every stream has its own table, so the codebook is always 0."""
         return Place(jnp.maximum(position - 1, 0), jnp.where(position == 0, self.codebooks, 0))
 
-    def head_frame(self, position: Int[Array, ""]) -> Int[Array, ""]:
-        """The frame at which END would fall if it were said at target `position`."""
-        return position
+    def target_frames(self, position: Int[Array, ""]) -> Int[Array, " J"]:
+        """The frame of each stream's target at `position`, below 0 where it has none; see `Flatten.target_frames`."""
+        return position - jnp.arange(self.codebooks)
 
     def allowed(
         self, position: Int[Array, ""], end: Int[Array, " B"], least: Int[Array, " B"], most: Int[Array, " B"]
     ) -> Bool[Array, "B J W"]:
         """Ids that may be said at target `position`; see `Flatten.allowed`."""
         ids = jnp.arange(self.id_space)
-        frame = (position - jnp.arange(self.codebooks))[None, :, None]  # of each head
+        frame = self.target_frames(position)[None, :, None]  # of each head
         end, least, most = (x[:, None, None] for x in (end, least, most))
         code = (ids < self.bos) & (frame >= 0) & (frame < jnp.minimum(end, most))
         head0 = (jnp.arange(self.codebooks) == 0)[:, None]

@@ -7,8 +7,6 @@ step, so that a run that was stopped goes on exactly as if it had not been.
 from __future__ import annotations
 
 import math
-import os
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +32,7 @@ from l2m_jax.optim import optimizer, schedule
 from l2m_jax.progress import say
 from l2m_jax.sample import sample_codes
 from l2m_jax.sharding import batch_sharding, check_divides, make_mesh, position_sharding, state_shardings
+from l2m_jax.stop import StopSignal
 from l2m_jax.tokens import AnyArray, Layout, make_layout
 
 
@@ -185,7 +184,7 @@ def train(
         evaluate = make_evaluate(config, layout, valid, on_batch, songs_per_valid) if valid is not None else None
         rates = schedule(config.train)
         stream = batches(dataset, config.model, config.train.seed, config.train.batch, range(first, config.train.steps))
-        stopped = _StopSignal()
+        stopped = StopSignal()
         step, pending, began = first, None, time.perf_counter()
         try:
             for step, batch in zip(range(first, config.train.steps), stream):
@@ -311,21 +310,3 @@ def _sample(
         (run / "samples").mkdir(exist_ok=True)
         write_wav(run / "samples" / f"{step:07d}.wav", samples, codec.rate)
         log.audio(step, samples, codec.rate)
-
-
-class _StopSignal:
-    """Remembers SIGTERM or SIGINT until the step at hand is done; a second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.by = ""
-        self._old = {s: signal.signal(s, self._caught) for s in (signal.SIGTERM, signal.SIGINT)}
-
-    def _caught(self, number: int, frame: Any) -> None:
-        if self.by:
-            os._exit(128 + number)
-        self.by = signal.Signals(number).name
-
-    def restore(self) -> None:
-        """Gives the signals back to who had them."""
-        for number, handler in self._old.items():
-            signal.signal(number, handler)

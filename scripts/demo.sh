@@ -15,10 +15,8 @@ l2m solfege "$out/songs" --songs 4000 --seed 7 --notes 3 5
 l2m solfege "$out/held_out_songs" --songs 64 --seed 4242 --notes 3 5 --exclude "$out/songs"
 
 step "2/6  Prepare: sound -> EnCodec codes, lyrics -> BERT states, packed into ArrayRecord -> $out/data"
-# Layer 2 of the text encoder: its states tell one syllable from the next better than the last layer's, which are
-# tuned to the meaning of the whole sentence.
-l2m prepare "$out/songs" "$out/data" --text-layer 2 --workers 2
-l2m prepare "$out/held_out_songs" "$out/held_out" --text-layer 2
+l2m prepare "$out/songs" "$out/data" --workers 2
+l2m prepare "$out/held_out_songs" "$out/held_out"
 
 step "3/6  Train a small SoundTransformer from nothing (configs/demo.py) -> $out/run"
 echo "     loss: nats per code; valid_loss: the same on songs it never trains on. tensorboard --logdir $out/run"

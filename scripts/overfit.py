@@ -27,11 +27,12 @@ from l2m_jax.config import Config, ModelConfig, SampleConfig, TrainConfig
 from l2m_jax.data import Dataset, make_example
 from l2m_jax.model import Prompt
 from l2m_jax.picture import draw_spectrograms
-from l2m_jax.prepare import Encoders, prepare
+from l2m_jax.prepare import prepare
 from l2m_jax.sample import sample_codes
 from l2m_jax.songs import scan_songs
 from l2m_jax.tokens import make_layout
 from l2m_jax.train import train
+from l2m_jax.weights import load_codec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,7 @@ def main(job: Overfit) -> None:
         return
     model, _, step = load_model(run)
     layout = make_layout(config.model)
-    codec = Encoders().load()[0]
+    codec = load_codec()
     records = [dataset[i] for i in range(2)]
     examples = [make_example(record, layout, config.model.memory) for record in records]
     report: dict[str, object] = {"layout": job.layout, "steps": step, "codes": int(records[0].codes.size)}

@@ -17,9 +17,10 @@ import tyro
 from l2m_jax.audio import read_audio, write_wav
 from l2m_jax.codec import decode, encode
 from l2m_jax.config import SampleConfig
-from l2m_jax.generate import load_singer, make_prompt, sing
 from l2m_jax.notes import note_accuracy, track_notes
 from l2m_jax.picture import Label, draw_song
+from l2m_jax.request import Request
+from l2m_jax.singer import load
 from l2m_jax.solfege import words_of
 from l2m_jax.songs import scan_songs
 
@@ -45,17 +46,17 @@ class Score:
 
 def main(job: Score) -> None:
     """Sings, tracks, counts; beside it the same count for the codec's reconstruction of the true songs."""
-    singer = load_singer(job.run)
+    singer = load(job.run)
     codec = singer.codec
     songs = scan_songs(job.songs_folder)[0][: job.songs]
-    prompts = [make_prompt(singer, song.lyrics, song.genre)[0] for song in songs]
-    sung = sing(singer, prompts, job.sampling, list(range(len(songs))), singer.longest)
+    rule = dataclasses.asdict(job.sampling)
+    requests = [Request(lyrics=song.lyrics, genre=song.genre, seed=i, **rule) for i, song in enumerate(songs)]
+    sung = singer.generate_batch(requests, batch=len(requests))
     job.out.mkdir(parents=True, exist_ok=True)
     accuracies, ceilings, perfect, counts = [], [], 0, 0
     for i, (song, result) in enumerate(zip(songs, sung)):
         asked = words_of(song.lyrics).split()
-        samples = decode(codec, result.codes)
-        notes = track_notes(samples, codec.rate)
+        notes = track_notes(result.samples, codec.rate)
         names = [note.syllable for note in notes]
         accuracies.append(note_accuracy(names, asked))
         perfect += names == asked
@@ -63,10 +64,10 @@ def main(job: Score) -> None:
         true = decode(codec, encode(codec, read_audio(song.audio, codec.rate)))
         ceilings.append(note_accuracy([note.syllable for note in track_notes(true, codec.rate)], asked))
         if i < job.pictures:
-            write_wav(job.out / f"{song.id}.wav", samples, codec.rate)
+            write_wav(job.out / f"{song.id}.wav", result.samples, codec.rate)
             labels = [Label(note.syllable, note.start, note.end) for note in notes]
             title = f"{song.genre}: asked for {' '.join(asked)}; {accuracies[-1]:.0%} of the notes right"
-            draw_song(job.out / f"{song.id}.png", samples, codec.rate, song.lyrics, {"sung": labels}, title)
+            draw_song(job.out / f"{song.id}.png", result.samples, codec.rate, song.lyrics, {"sung": labels}, title)
     score = {
         "songs": len(songs),
         "note_accuracy": round(float(np.mean(accuracies)), 4),
@@ -74,7 +75,7 @@ def main(job: Score) -> None:
         "songs_without_a_mistake": round(perfect / len(songs), 4),
         "right_number_of_notes": round(counts / len(songs), 4),
         "ended_by_themselves": round(float(np.mean([s.ended for s in sung])), 4),
-        "sampling": dataclasses.asdict(job.sampling),
+        "sampling": rule,
         "step": singer.step,
     }
     (job.out / "score.json").write_text(json.dumps(score, indent=2) + "\n", encoding="utf-8")

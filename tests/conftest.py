@@ -1,5 +1,6 @@
 """Every annotation of the package is checked, types and shapes; and the small songs and models that tests share."""
 
+import functools
 import os
 import tempfile
 from pathlib import Path
@@ -68,6 +69,22 @@ def make_prepared(folder: Path, records: list[Record], made_with: MadeWith = MAD
         write_record(path, record, made_with)
     pack(folder, paths, made_with)
     return folder
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """Hop 8, two residual layers a stage, two LSTM layers, 4 codebooks of 32 entries; random."""
+    from test_codec import save
+
+    return load_codec(save(tmp_path_factory.mktemp("codecs") / "small"), 4)
+
+
+@pytest.fixture(scope="session")
+def originals(tmp_path_factory):
+    """By name: a codec of a published configuration, random weights, from both originals. Only for reading."""
+    import originals
+
+    return functools.cache(lambda name: originals.make(name, tmp_path_factory.mktemp("originals")))
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,13 @@
 
 import resource
 import signal
+import wave
 
 import numpy as np
 import pytest
 import soundfile
 
-from l2m_jax.audio import audio_seconds, read_audio, write_atomic, write_wav
+from l2m_jax.audio import audio_seconds, pcm16, read_audio, wav_header, write_atomic, write_wav
 from l2m_jax.config import UserError
 
 
@@ -71,6 +72,21 @@ def test_a_wav_of_unknown_length_is_read(tmp_path):
     content[40:44] = b"\xff\xff\xff\xff"
     path.write_bytes(content)
     assert len(read_audio(path, 24_000)) == 24_000
+
+
+@pytest.mark.parametrize(("samples", "channels"), [(0, 1), (1, 1), (24_000, 1), (24_000, 2)])
+def test_a_streamed_wav_is_whole_wherever_it_ends(tmp_path, samples, channels):
+    sound = 1.5 * tone(1, 24_000, channels)[:samples]  # clipped as write_wav does
+    sound = sound if channels > 1 else sound[:, 0]
+    (tmp_path / "a.wav").write_bytes(wav_header(24_000, channels) + pcm16(sound[:100]) + pcm16(sound[100:]))
+    write_wav(tmp_path / "b.wav", sound, 24_000)
+    streamed, written = (soundfile.read(tmp_path / name, dtype="int16") for name in ("a.wav", "b.wav"))
+    assert streamed[1] == written[1] == 24_000
+    np.testing.assert_array_equal(streamed[0], written[0])
+    if samples:
+        assert read_audio(tmp_path / "a.wav", 24_000, channels).shape == sound.shape
+    with wave.open(str(tmp_path / "a.wav")) as file:  # a reader that is not libsndfile
+        assert (file.getnchannels(), file.getsampwidth(), file.getframerate()) == (channels, 2, 24_000)
 
 
 def test_what_is_no_sound_is_an_error(tmp_path):

@@ -3,6 +3,8 @@
 import dataclasses
 import importlib.util
 import json
+import re
+import unicodedata
 from pathlib import Path
 
 import jax
@@ -20,6 +22,7 @@ from l2m_jax.weights import load_text_encoder, minilm_folder
 GOLDEN = Path(__file__).parent / "golden" / "bert.npz"
 TINY = BertConfig(40, 16, 3, 4, 32, 24, 2, 1e-12)
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "la", "lu", "##na", "##l", "sol", "deja", "Deja", "!", "月"]
+PIECES += ["do", "re", "mi", "fa", "si"]  # with la and sol, all that the sung songs of the tests need
 SCRIPTS = {
     "latin": "Sing to the moon, don't look back — ça va, señor Müller?\nOoh ooh ooh",
     "cyrillic": "Пой, луна, над серебряной рекой, и ёлка слышит тебя",
@@ -83,7 +86,7 @@ def tiny_folder(folder: Path, **settings) -> Path:
 @minilm
 def test_golden_states_of_four_scripts():
     golden = np.load(GOLDEN)
-    encoder = load_text_encoder()
+    encoder = load_text_encoder(layer=-1)
     lyrics = parse_lyrics(str(golden["text"]))
     assert split_pieces(encoder, lyrics).ids.tolist() == golden["ids"][1:-1].tolist()
     report("golden, four scripts", encode_text(encoder, lyrics).states, golden["states"][1:-1], 1e-4)
@@ -132,6 +135,69 @@ def test_checkpoint_written_by_transformers(tmp_path):
     module = load_text_encoder(str(tmp_path)).module
     for layer in range(4):
         report(f"layer {layer}", run(module, ids, mask, layer)[mask], theirs[layer].numpy()[mask], 1e-5)
+
+
+PUBLISHED = {  # config.json and tokenizer_config.json as they are published; the vocabulary is of the texts below
+    "bert-base-uncased": (
+        {"architectures": ["BertForMaskedLM"], "gradient_checkpointing": False, "position_embedding_type": "absolute"},
+        {"do_lower_case": True},
+        "Déjà vu, señor Müller: don't stop — ÇA VA?",
+    ),
+    "bert-base-multilingual-cased": (
+        {"architectures": ["BertForMaskedLM"], "directionality": "bidi", "pooler_type": "first_token_transform"},
+        {"do_lower_case": False, "model_max_length": 512},
+        "Déjà Vu пой, Луна и ёлка 月よ歌え غنِّ يا قمر deja vu",
+    ),
+    "hfl/chinese-roberta-wwm-ext": (
+        {"architectures": ["BertForMaskedLM"], "bos_token_id": 0, "eos_token_id": 2, "output_past": True},
+        {},
+        "唱吧，月亮。夜のカラオケ KTV all night 2024",
+    ),
+}
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_checkpoints(tmp_path, name):
+    """Of 12 layers, 768 wide, with the names of the hub's files: `bert.`, gamma, beta, heads of pre-training."""
+    transformers = pytest.importorskip("transformers")
+    import torch
+    from safetensors.torch import save_file as save_torch
+
+    settings, tokenizer_settings, text = PUBLISHED[name]
+    texts = (text, text.lower(), unicodedata.normalize("NFD", text.lower()))
+    letters = sorted({letter for spelling in texts for letter in spelling} - {" "})
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "deja", "all", *letters, *(f"##{x}" for x in letters[:-2])]
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces), encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer_settings))
+    torch.manual_seed(0)
+    config = transformers.BertConfig(vocab_size=len(pieces), **settings)
+    model = transformers.BertForPreTraining(config).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    config.save_pretrained(tmp_path)
+    tensors = {key: value.contiguous() for key, value in model.state_dict().items() if "decoder" not in key}
+    spelled = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    old = {re.sub(r"LayerNorm\.\w+", lambda found: spelled[found[0]], k): v for k, v in tensors.items()}
+    assert {"bert.embeddings.LayerNorm.gamma", "cls.seq_relationship.weight", "bert.pooler.dense.bias"} <= set(old)
+    save_torch(old, tmp_path / "model.safetensors")
+
+    encoder = load_text_encoder(str(tmp_path), -1)
+    tokenizer = transformers.BertTokenizer.from_pretrained(tmp_path)
+    theirs = tokenizer(text)["input_ids"]
+    lyrics = parse_lyrics(text)
+    ours = split_pieces(encoder, lyrics).ids
+    assert ours.tolist() == theirs[1:-1] and len(set(theirs)) > 12
+    with torch.no_grad():
+        states = model.bert(torch.tensor([theirs]), output_hidden_states=True).hidden_states
+    for layer in (0, 2, 12):
+        read = encode_text(dataclasses.replace(encoder, layer=layer), lyrics).states
+        report(f"{name}, layer {layer}", read, states[layer][0, 1:-1].numpy(), 1e-4)
+
+    (tmp_path / "vocab.txt").unlink()  # newer checkpoints have a tokenizer.json alone
+    tokenizer.save_pretrained(tmp_path)
+    assert (tmp_path / "tokenizer.json").exists() and not (tmp_path / "vocab.txt").exists()
+    assert load_text_encoder(str(tmp_path), -1).fingerprint == encoder.fingerprint
 
 
 @pytest.mark.torch
@@ -216,7 +282,7 @@ def test_other_mistakes_are_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"layer is 3; .* has 2 layers: allowed are -3 to 2"):
         load_text_encoder(folder, layer=3)
     (tmp_path / "vocab.txt").write_text("\n".join([*PIECES, *(f"x{i}" for i in range(40))]), encoding="utf-8")
-    with pytest.raises(UserError, match="the tokenizer has 54 pieces, the model only 40"):
+    with pytest.raises(UserError, match="the tokenizer has 59 pieces, the model only 40"):
         load_text_encoder(folder)
     (tmp_path / "vocab.txt").unlink()
     with pytest.raises(UserError, match=r"no tokenizer\.json or vocab\.txt"):

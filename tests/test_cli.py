@@ -1,21 +1,28 @@
 """The command line: exit statuses, one line for a mistake, and the whole way from songs to a song."""
 
+import contextlib
+import dataclasses
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import CONFIG, SUNG
+from flax import nnx
 
 from l2m_jax import cli
-from l2m_jax.checkpoint import load_model, read_run
+from l2m_jax.audio import read_audio
+from l2m_jax.checkpoint import load_model, open_checkpoints, read_run, write_run
 from l2m_jax.cli import PRESETS, load_preset, main, parse
-from l2m_jax.commands.arguments import read_text
 from l2m_jax.config import Config, UserError
+from l2m_jax.model import SoundTransformer
 
 L2M = [sys.executable, "-m", "l2m_jax.cli"]
 
@@ -46,7 +53,7 @@ def test_help_is_quick_because_it_imports_no_jax():
         "slow = {'jax', 'flax', 'torch', 'tensorflow_datasets', 'transformers', 'soundfile'} & set(sys.modules)\n"
         "sys.exit(f'imported: {slow}' if slow else 0)"
     )
-    for arguments in (["--help"], ["train", "--help"], ["generate", "--help"]):
+    for arguments in (["--help"], *([command, "--help"] for command in ("prepare", "train", "generate", "inspect"))):
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "usage: l2m" in done.stdout and not done.stderr
@@ -102,11 +109,28 @@ def test_preset_file_with_a_mistake(tmp_path, content, says):
         ("train --data /nowhere --run RUN", "/nowhere is not a prepared dataset; make one with: l2m prepare"),
         ("generate RUN --lyrics la", "RUN is not a run folder (it has no config.json)"),
         ("generate RUN --lyrics la -o a.mp3", "a.mp3: the output must end in .wav"),
+        ("generate RUN --lyrics la -o - --count 2", "-o - sends one song to a pipe: it goes with neither --count"),
+        ("generate RUN --lyrics la --count 0", "--count is 0; allowed: 1 and above"),
+        ("generate RUN --lyrics la --count 2 --batch 0", "--batch is 0; allowed: 1 and above"),
+        ("generate RUN --requests a.jsonl", "--requests puts its songs into a folder: --out FOLDER, not song.wav"),
+        ("generate RUN --requests a.jsonl -o OUT --count 2", "--requests goes with neither --count nor --picture"),
+        ("generate RUN", "--lyrics is needed: a text file, or the lyrics themselves; or --requests FILE"),
+        ("generate RUN --lyrics la --from 3", "from 3 needs a prompt: the song whose first seconds are kept"),
+        ("generate RUN --lyrics la --seconds nan", "seconds is nan; allowed: above 0"),
         ("generate RUN --lyrics lost.txt", "lost.txt: no such file"),
         ("generate RUN --lyrics la --top-p 2", "top-p is 2.0; allowed: above 0, up to 1"),
         ("decode song.npz", "song.npz: no such file"),
         ("prepare /nowhere OUT", "/nowhere: no such folder"),
         ("prepare DATA OUT --codec nowhere", "nowhere: no such folder"),
+        ("prepare DATA OUT --shard 3", "--shard is '3'; needed: i/N, such as 1/4"),
+        ("prepare DATA OUT --shard 3/2", "--shard is 3/2; allowed: 1/N to N/N"),
+        (
+            "prepare DATA OUT --workers 2 --beam DirectRunner",
+            "--beam does the work itself: leave --shard and --workers",
+        ),
+        ("inspect /nowhere", "/nowhere is not a prepared dataset; make one with: l2m prepare"),
+        ("inspect DATA song_0", "DATA has no song 'song_0'; nearest: song_00"),
+        ("inspect DATA --out OUT", "--out is for the sound and picture of one song: name the song"),
     ],
 )
 def test_a_mistake_is_one_line(l2m, prepared, tmp_path, monkeypatch, command, says):
@@ -134,16 +158,6 @@ def test_a_mistake_is_one_line(l2m, prepared, tmp_path, monkeypatch, command, sa
 def test_a_flag_that_does_not_exist_or_fit_is_named(l2m, command, says):
     status, said, complained = l2m(*command.split())
     assert status == 2 and says in said + complained and "Traceback" not in complained
-
-
-def test_lyrics_are_a_file_or_the_text_itself(tmp_path):
-    (tmp_path / "a.txt").write_bytes("\ufeffla luna 🌙\r\n".encode())
-    assert read_text(str(tmp_path / "a.txt")) == "la luna 🌙\r\n"
-    for text in ("la luna", "la\nluna.txt", "", "x" * 5000, "a\0b", "/"):
-        assert read_text(text) == text
-    (tmp_path / "b.txt").write_bytes("corazón".encode("latin-1"))
-    with pytest.raises(UserError, match="b.txt: byte 5 is not UTF-8; save the file as UTF-8"):
-        read_text(str(tmp_path / "b.txt"))
 
 
 def test_interrupt_is_130(l2m, monkeypatch):
@@ -174,7 +188,7 @@ def test_the_whole_way(l2m, tmp_path, encoders, monkeypatch):
     )
     assert status == 0 and "new/a.wav: 0." in said
     about = json.loads((tmp_path / "new" / "a.json").read_text())
-    assert about["lyrics"] == "la sol\n" and about["sampling"]["top_k"] == 50
+    assert about["request"]["lyrics"] == "la sol\n" and about["request"]["top_k"] == 50
     for suffix in ("npz", "ecdc"):
         assert l2m("decode", f"new/a.{suffix}", "-o", f"{suffix}.wav")[0] == 0
         assert (tmp_path / f"{suffix}.wav").read_bytes() == (tmp_path / "new" / "a.wav").read_bytes()
@@ -202,6 +216,72 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, prepared):
         assert f"{run}: stopped by SIGTERM after step {step}; the same command goes on from there\n" in after
         told = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
         assert told == list(range(step)) and 4 <= step < 100_000
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory, singer_run):
+    """A run that can sing for two minutes; it has learnt nothing."""
+    info, run = read_run(singer_run), tmp_path_factory.mktemp("long") / "run"
+    model = dataclasses.replace(info.config.model, frames=9000)
+    write_run(run, info._replace(config=dataclasses.replace(info.config, model=model)))
+    with contextlib.closing(open_checkpoints(run, 1)) as checkpoints:
+        checkpoints.save_checkpointables(1, {"model": SoundTransformer(model, rngs=nnx.Rngs(0))})
+    return run
+
+
+@pytest.mark.parametrize("stop, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_song_that_is_stopped_is_a_whole_file_of_what_was_sung(long_run, tmp_path, stop, status):
+    command = [*L2M, "generate", long_run, "--lyrics", "la", "--min-seconds", "120", "-o", tmp_path / "a.wav"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout and "singing: 1" in process.stdout.readline()
+        process.send_signal(stop)
+        said, complained = process.communicate(timeout=60)
+    assert process.returncode == status and "Traceback" not in complained
+    about = json.loads((tmp_path / "a.json").read_text())
+    assert about["cut"].startswith(f"stopped by {stop.name} after ") and about["cut"] in said
+    seconds = len(read_audio(tmp_path / "a.wav", 24_000)) / 24_000
+    assert 12 <= seconds < 120 and about["seconds"] == round(seconds, 3)
+    assert sorted(os.listdir(tmp_path)) == ["a.ecdc", "a.json", "a.npz", "a.wav"]
+
+
+def test_a_pipe_that_is_stopped_or_closed_holds_a_whole_wav(long_run, tmp_path):
+    command = [*L2M, "generate", long_run, "--lyrics", "la", "--min-seconds", "120", "-o", "-"]
+    for stop, status in ((signal.SIGTERM, 143), (None, 1)):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout and process.stderr
+            sent = process.stdout.read(48_000)
+            if stop is None:
+                process.stdout.close()
+            else:
+                process.send_signal(stop)
+                sent += process.stdout.read()
+            complained = process.stderr.read()
+        assert process.returncode == status and b"Traceback" not in complained and b"Exception" not in complained
+        (tmp_path / "a.wav").write_bytes(sent)
+        assert len(sent) % 2 == 0 and len(read_audio(tmp_path / "a.wav", 24_000)) == (len(sent) - 44) // 2
+        assert (len(sent) > 48_000) == (stop is not None)
+
+
+def test_requests_killed_leave_no_half_song(long_run, tmp_path):
+    lines = [{"id": f"{i}", "lyrics": "la", "seconds": 3, "min_seconds": 3, "seed": i} for i in range(40)]
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    out = tmp_path / "out"
+    command = [*L2M, "generate", long_run, "--requests", tmp_path / "r.jsonl", "-o", out, "--batch", "1"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not (out / "2.json").exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.kill()
+    there = [path.stem for path in out.glob("*.json")]
+    assert 3 <= len(there) < 40
+    for name in there:
+        about = json.loads((out / f"{name}.json").read_text())
+        assert len(read_audio(out / f"{name}.wav", 24_000)) == 72_000 and about["seconds"] == 3
+        with np.load(out / f"{name}.npz") as arrays:
+            assert hashlib.sha256(arrays["codes"].astype("<i4").tobytes()).hexdigest() == about["codes_sha256"]
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, lines[: len(there) + 1])))
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and f"{len(there) + 1} songs of {len(there) + 1}" in done.stdout
+    assert "(1 new, 0 failed)" in done.stdout
 
 
 def test_a_reader_that_leaves_is_no_traceback(tmp_path):

@@ -101,7 +101,7 @@ def test_packing_again_replaces_and_a_failed_one_leaves_the_old(tmp_path, monkey
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(data._Builder, "download_and_prepare", full)
+        patch.setattr(data._Packing, "download_and_prepare", full)
         with pytest.raises(UserError, match="songs cannot be written.*No space left"):
             data.pack(folder, paths, MADE_WITH)
     assert len(Dataset(folder)) == 2 and not (folder / ".packing").exists()

@@ -1,39 +1,35 @@
-"""From lyrics to files: what is written, what is refused before anything is, and codes back to sound."""
+"""What the commands do: a song, its stream, variations, files of requests; and codes back to sound."""
 
-import errno
-import hashlib
 import json
-import os
+import re
 import shutil
 
 import numpy as np
 import pytest
 import soundfile
-from test_bert import tiny_folder
 
-from l2m_jax import generate as module
-from l2m_jax.config import SampleConfig, UserError
-from l2m_jax.data import Dataset, make_example
-from l2m_jax.generate import decode_file, generate, load_singer, make_prompt
-from l2m_jax.sample import Song
+from l2m_jax.audio import read_audio
+from l2m_jax.config import UserError
+from l2m_jax.generate import decode_file, sing_one, sing_requests, sing_variations
+from l2m_jax.request import Request
+from l2m_jax.singer import load
+from l2m_jax.stop import StopSignal
 
-RULE = SampleConfig(top_k=50)
 LENGTH = 0.4  # s
 
 
 @pytest.fixture(scope="module")
 def singer(singer_run):
-    return load_singer(singer_run)
+    return load(singer_run)
 
 
 @pytest.fixture(scope="module")
 def song(singer, tmp_path_factory):
     """song.wav and the files beside it."""
-    out = tmp_path_factory.mktemp("song") / "new" / "song.wav"
-    told = []
-    about = generate(singer, "[verse]\nla sol\n", singer.info.genres[0], out, RULE, 5, LENGTH, told.append)
-    assert 0 < told[-1] <= LENGTH
-    return out, about
+    out = tmp_path_factory.mktemp("song") / "song.wav"
+    made = singer.generate("[verse]\nla sol\n", "march", seconds=LENGTH)
+    made.save(out)
+    return out, made.about
 
 
 def pcm(path):
@@ -42,20 +38,136 @@ def pcm(path):
     return samples
 
 
-def test_a_song_has_four_files_that_say_the_same(singer, song):
-    out, about = song
-    assert sorted(os.listdir(out.parent)) == ["song.ecdc", "song.json", "song.npz", "song.wav"]
-    with np.load(out.with_suffix(".npz")) as file:
-        codes = file["codes"]
-        assert (str(file["codec"]), str(file["fingerprint"])) == ("solfege", singer.codec.fingerprint)
-    assert codes.shape == (30, 2) and len(pcm(out)) == 30 * 320 and pcm(out).any()
-    assert json.loads(out.with_suffix(".json").read_text(encoding="utf-8")) == about
-    assert about["codes_sha256"] == hashlib.sha256(codes.astype("<i4").tobytes()).hexdigest()
-    assert (about["seconds"], about["limit_s"], about["seed"], about["step"]) == (0.4, LENGTH, 5, 2)
-    assert about["sampling"]["top_k"] == 50 and about["genre"] == singer.info.genres[0]
-    assert about["lyrics"] == "[verse]\nla sol\n"
-    assert not about["ended_by_itself"] and about["cut"] == "the song had not ended at the limit of 0.4 s"
-    assert 0 < about["nats_per_code"] < 8 and not about["warnings"]
+class Stop(StopSignal):
+    """Stops the singing when it is asked for the `after`th time."""
+
+    def __init__(self, after=10**9):
+        self._left = after
+
+    @property
+    def by(self):
+        self._left -= 1
+        return "SIGINT" if self._left <= 0 else ""
+
+
+def files(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def test_one_song_and_its_picture(singer, tmp_path, capsys):
+    sing_one(singer, Request(lyrics="[laughs]\nla", seconds=LENGTH), tmp_path / "🎵.wav", True, Stop())
+    assert set(files(tmp_path)) == {"🎵.wav", "🎵.ecdc", "🎵.npz", "🎵.json", "🎵.png"}
+    said = capsys.readouterr().out
+    assert "singing: 0.4 of 0.4 s at most" in said and "warning: lyrics, line 1: section tag [laughs]" in said
+    assert re.search(
+        r"🎵.wav: 0.4 s, the song had not ended at the limit of 0.4 s; 0.4 s sung in \d+.\d s, \d+.\d\d times real",
+        said,
+    )
+
+
+def test_a_pipe_is_sent_a_wav_and_nothing_else(singer, song, tmp_path, capfdbinary):
+    sing_one(singer, Request(lyrics="[verse]\nla sol\n", genre="march", seconds=LENGTH), None, False, Stop())
+    sent, told = capfdbinary.readouterr()
+    (tmp_path / "a.wav").write_bytes(sent)
+    np.testing.assert_array_equal(read_audio(tmp_path / "a.wav", 24_000), read_audio(song[0], 24_000))
+    assert b"standard output: 0.4 s" in told
+
+
+def test_a_song_that_is_stopped_is_kept_as_far_as_it_came(singer, tmp_path):
+    sing_one(singer, Request(lyrics="la", min_seconds=0.8), tmp_path / "a.wav", False, Stop(1))
+    about = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+    assert about["cut"] == "stopped by SIGINT after 0.8 s" and len(pcm(tmp_path / "a.wav")) == 24_000 * 0.8
+
+
+def test_variations_are_ranked_by_likelihood(singer, tmp_path, capsys):
+    request = Request(lyrics="la", genre="polka", seed=7, seconds=LENGTH)
+    sing_variations(singer, request, 5, 2, tmp_path / "new" / "song.wav", Stop())
+    abouts = [json.loads((tmp_path / "new" / f"song_{i}.json").read_text()) for i in range(1, 6)]
+    assert (
+        len(list((tmp_path / "new").iterdir())) == 5 * 4 + 1 and (tmp_path / "new" / "song.png").stat().st_size > 9999
+    )
+    nats = [about["nats_per_code"] for about in abouts]
+    assert nats == sorted(nats) and [about["rank"] for about in abouts] == [1, 2, 3, 4, 5]
+    assert {about["request"]["seed"] for about in abouts} == set(range(7, 12))
+    assert len({about["codes_sha256"] for about in abouts}) == 5
+    said = capsys.readouterr().out
+    assert (
+        "warning: genre 'polka'" in said
+        and f"{nats[0]:.4f}" in said
+        and said.index("song_1.wav") < said.index("song_5.wav")
+    )
+
+
+def test_variations_that_are_stopped_are_kept_as_far_as_they_came(singer, tmp_path):
+    sing_variations(singer, Request(lyrics="la", seconds=LENGTH), 4, 2, tmp_path / "song.wav", Stop(1))
+    assert {"song_1.wav", "song_2.wav", "song.png"} < set(files(tmp_path)) and "song_3.wav" not in files(tmp_path)
+    assert "stopped by SIGINT" in json.loads((tmp_path / "song_1.json").read_text())["cut"]
+
+
+def test_seeds_beyond_the_last_are_refused(singer, tmp_path):
+    with pytest.raises(UserError, match="seed is 4294967296"):
+        sing_variations(singer, Request(lyrics="la", seed=2**32 - 1), 2, 2, tmp_path / "song.wav", Stop())
+
+
+def asked(folder, *lines):
+    path = folder / "requests.jsonl"
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    return path
+
+
+def ask(name, **values):
+    return {"id": name, "lyrics": "la", "seconds": LENGTH} | values
+
+
+def test_a_file_of_requests_becomes_songs(singer, tmp_path, capsys):
+    path = asked(
+        tmp_path, ask("a"), ask("b", lyrics="la " * 13), ask("c 🌙", lyrics="🌙", genre="polka"), "nonsense",
+        ask("d", top_k=3, seed=4), ask("e", seconds=9), ask("f", prompt="lost.wav"), ask("g", lyrics=" "), ask("a"),
+    )  # fmt: skip
+    out = tmp_path / "out"
+    assert sing_requests(singer, path, Request(temperature=0.9), 2, out, Stop()) == 6
+    songs = {f"{name}{suffix}" for name in ("a", "c 🌙", "d") for suffix in (".wav", ".ecdc", ".npz", ".json")}
+    failed = {f"{name}.error.json" for name in ("b", "e", "f", "g", "line-4", "line-9")}
+    assert set(files(out)) == songs | failed
+    about = json.loads((out / "d.json").read_text())
+    assert (about["request"]["top_k"], about["request"]["seed"], about["request"]["temperature"]) == (3, 4, 0.9)
+    error = json.loads((out / "b.error.json").read_text())
+    assert error["line"] == 2 and "are 1 more than the 12" in error["error"]
+    said = capsys.readouterr().out
+    assert f"3 songs of 9 in {out} (3 new, 6 failed)" in said and "warning: c 🌙: genre 'polka'" in said
+    assert f"failed: {path}, line 4: is not JSON" in said and "singing: 9 of 9 songs" in said
+
+
+def test_a_rerun_sings_what_is_missing_or_has_changed(singer, tmp_path, capsys):
+    out = tmp_path / "out"
+    lines = [ask("a"), ask("b"), ask("c", seconds=9), ask("d")]
+    assert sing_requests(singer, asked(tmp_path, *lines), Request(), 8, out, Stop()) == 1
+    before = files(out)
+    (out / "a.npz").unlink()
+    (out / "d.json").write_text("{")
+    lines[2] = ask("c")  # mended
+    assert sing_requests(singer, asked(tmp_path, *lines), Request(), 8, out, Stop()) == 0
+    after = files(out)
+    assert after["b.wav"] == before["b.wav"] and "c.error.json" not in after
+    assert all(after[name] != before[name] for name in ("a.wav", "d.wav")) and "c.wav" in after
+    assert f"4 songs of 4 in {out} (3 new, 0 failed)" in capsys.readouterr().out
+    lines[1] = ask("b", seed=1)
+    assert sing_requests(singer, asked(tmp_path, *lines), Request(), 8, out, Stop()) == 0
+    assert {name for name, at in files(out).items() if after.get(name) != at} == {"b.wav", "b.ecdc", "b.npz", "b.json"}
+
+
+def test_requests_that_are_stopped_go_on(singer, tmp_path, capsys):
+    """Stopped in the second batch: the first is there, nothing of the second; the same call does the rest."""
+    path, out = asked(tmp_path, *(ask(str(i), seed=i) for i in range(4))), tmp_path / "out"
+    sing_requests(singer, path, Request(), 2, out, Stop(3))
+    assert {name for name in files(out) if name.endswith(".wav")} == {"0.wav", "1.wav"}
+    assert "(2 new, 0 failed); stopped by SIGINT, the same command goes on from there" in capsys.readouterr().out
+    sing_requests(singer, path, Request(), 2, out, Stop())
+    assert "4 songs of 4" in capsys.readouterr().out and len(files(out)) == 16
+    whole = tmp_path / "whole"
+    sing_requests(singer, path, Request(), 2, whole, Stop())
+    for i in range(4):
+        assert (out / f"{i}.wav").read_bytes() == (whole / f"{i}.wav").read_bytes()
 
 
 @pytest.mark.parametrize("suffix", [".ecdc", ".npz"])
@@ -63,92 +175,6 @@ def test_codes_decode_to_the_same_samples(song, tmp_path, suffix):
     seconds = decode_file(song[0].with_suffix(suffix), tmp_path / "again.wav")
     assert seconds == LENGTH
     np.testing.assert_array_equal(pcm(tmp_path / "again.wav"), pcm(song[0]))
-
-
-def test_the_same_seed_sings_the_same_song(singer, song, tmp_path):
-    codes = [song[1]["codes_sha256"]]
-    for seed in (5, 6):
-        genre = f" {singer.info.genres[0].upper()} "
-        about = generate(singer, "[verse]\nla sol\n", genre, tmp_path / "a.wav", RULE, seed, LENGTH)
-        codes.append(about["codes_sha256"])
-    assert codes[0] == codes[1] != codes[2]
-
-
-def test_a_prompt_is_what_training_was_shown(singer, sung):
-    record = Dataset(sung)[1]
-    prompt, _ = make_prompt(singer, record.lyrics, record.genre)
-    shown = make_example(record, singer.layout, 12)
-    for name in ("kind", "section", "position"):
-        np.testing.assert_array_equal(getattr(prompt, name)[0], getattr(shown, name))
-    np.testing.assert_allclose(prompt.states[0], shown.states, atol=2e-3)  # those were stored as float16
-
-
-@pytest.mark.parametrize(
-    "change, says",
-    [
-        ({"lyrics": " \n"}, "lyrics: no words; write the lyrics there, or .instrumental."),
-        ({"lyrics": "la " * 13}, "13 lyric pieces and 1 genre pieces are 2 more than the 12 that the memory holds"),
-        ({"lyrics": "la \udcff"}, "lyrics: not UTF-8"),
-        ({"genre": "\udcff"}, "is not UTF-8"),
-        ({"seconds": 0.0}, "the length limit is 0 s; allowed: above 0, up to the window of 0.8 s"),
-        ({"seconds": -1.0}, "the length limit is -1 s"),
-        ({"seconds": 0.81}, "the length limit is 0.81 s"),
-        ({"seconds": float("nan")}, "the length limit is nan s"),
-        ({"seed": -1}, "seed is -1; allowed: 0 to 4294967295"),
-        ({"seed": 2**32}, "seed is 4294967296"),
-        ({"out": "song.mp3"}, "song.mp3: the output must end in .wav"),
-        ({"out": "file/song.wav"}, "file cannot be written"),
-    ],
-)
-def test_what_cannot_be_sung_is_said_and_leaves_nothing(singer, tmp_path, change, says):
-    (tmp_path / "file").write_text("")
-    given = {"lyrics": "la", "genre": "march", "out": "song.wav", "seed": 0, "seconds": LENGTH} | change
-    with pytest.raises(UserError, match=says) as caught:
-        generate(singer, **{**given, "out": tmp_path / given["out"]}, rule=RULE)
-    assert "\n" not in str(caught.value) and os.listdir(tmp_path) == ["file"]
-
-
-def test_far_too_long_lyrics_are_refused_before_they_are_encoded(singer, monkeypatch):
-    monkeypatch.setattr(module, "encode_text", lambda *args: pytest.fail("encoded"))
-    with pytest.raises(UserError, match="200000 lyric pieces and 0 genre pieces are 199988 more than the 12"):
-        make_prompt(singer, "la\n" * 200_000, "")
-
-
-def test_what_is_only_odd_is_a_warning(singer, tmp_path):
-    about = generate(singer, "[laughs]\n🌙💃🏽\u200b la\n", "Polka 🎵", tmp_path / "🎵.wav", RULE, 0, LENGTH)
-    tag, genre = about["warnings"]
-    assert "section tag [laughs] is not known, taken as [other]" in tag
-    assert f"genre 'polka 🎵' was in no training song (those were: {', '.join(singer.info.genres)})" in genre
-    assert sorted(os.listdir(tmp_path)) == ["🎵.ecdc", "🎵.json", "🎵.npz", "🎵.wav"]
-    assert "🌙" in (tmp_path / "🎵.json").read_text(encoding="utf-8")
-
-
-def test_a_song_that_ends_at_once_is_still_a_song(singer, tmp_path, monkeypatch):
-    empty = Song(np.zeros((0, 2), np.int32), True, 0.0)
-    monkeypatch.setattr(module, "sing", lambda *args: [empty])
-    about = generate(singer, "la", "", tmp_path / "song.wav", RULE)
-    assert about["seconds"] == 0 and about["ended_by_itself"] and about["cut"] is None
-    for suffix in (".ecdc", ".npz"):
-        assert decode_file(tmp_path / f"song{suffix}", tmp_path / "again.wav") == 0
-
-
-def test_full_disk_leaves_nothing_under_a_final_name(singer, tmp_path, monkeypatch):
-    def full(*args):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(UserError, match="song.wav: cannot be written .No space left on device"):
-        generate(singer, "la", "", tmp_path / "song.wav", RULE, 0, LENGTH)
-    assert not os.listdir(tmp_path)
-
-
-def test_a_singer_needs_the_encoders_it_learnt_with(singer_run, encoders, tmp_path):
-    other = tiny_folder(tmp_path / "other")
-    assert load_singer(singer_run, text_encoder=str(other)).step == 2  # the same weights in another place
-    with open(other / "vocab.txt", "a", encoding="utf-8") as vocab:
-        vocab.write("\nti")
-    with pytest.raises(UserError, match="was trained with another origin of codes or states .text encoder: "):
-        load_singer(singer_run, text_encoder=str(other))
 
 
 def copied(song, folder, suffix):

@@ -29,6 +29,20 @@ def test_the_spectrogram_shows_the_tone_where_it_is(tmp_path):
     assert rows[0] < rows[1]
 
 
+def test_a_contact_sheet_has_columns(tmp_path):
+    sounds = {f"{i}": TONE[: 2_000 * i] for i in range(5)}  # the first one empty
+    for columns in (1, 2):
+        draw_spectrograms(tmp_path / f"{columns}.png", sounds, RATE, columns)
+    one, two = imread(tmp_path / "1.png").shape, imread(tmp_path / "2.png").shape
+    assert two[0] < 0.7 * one[0] and two[1] >= one[1] * 0.9
+
+
+def test_names_and_lyrics_are_drawn_as_they_are(tmp_path):
+    """A font without emoji is no reason to complain, and dollars are no formula."""
+    draw_song(tmp_path / "song.png", TONE, RATE, "la 🌙 $x^$ {", title="🎵 $a^$ {")
+    draw_spectrograms(tmp_path / "songs.png", {"🎵 $a^$ {": TONE}, RATE)
+
+
 @pytest.mark.parametrize("samples", [0, 1, 100])
 def test_very_short_sounds(tmp_path, samples):
     draw_song(tmp_path / "song.png", TONE[:samples], RATE, "la")

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from l2m_jax import prepare as module
+from l2m_jax.audio import audio_seconds
 from l2m_jax.codec import encode
 from l2m_jax.config import UserError
 from l2m_jax.data import Dataset, read_manifest, read_record
@@ -45,7 +46,8 @@ def order(out: Path) -> list[str]:
 
 def test_songs_become_records_that_hold_all_of_them(songs, sung, encoders):
     assert sorted(os.listdir(sung)) == ["dataset", "records", "report.json", "songs.jsonl"]
-    assert json.loads((sung / "report.json").read_text()) == {"songs": 6, "left_out": [], "warnings": []}
+    report = {"songs": 6, "left_out": [], "warnings": [], "gone": []}
+    assert json.loads((sung / "report.json").read_text()) == report
     assert order(sung) == NAMES
     codec, encoder = encoders.load()
     song, record = read_song(songs / "song_0003"), Dataset(sung)[2]
@@ -89,7 +91,8 @@ def test_what_was_added_and_removed_shows(mine, encoders):
     (songs / "song_0001").rename(songs / "song_0009")
     (songs / "song_0003").rename(songs.parent / "away")
     done = prepare(songs, out, encoders)
-    assert (done.songs, done.new) == (5, 1)
+    assert (done.songs, done.new, done.gone) == (5, 1, ["song_0001", "song_0003"])
+    assert json.loads((out / "report.json").read_text())["gone"] == done.gone
     assert order(out) == ["song_0002", "song_0004", "song_0005", "song_0006", "song_0009"]
     (songs / "song_0009").rename(songs.parent / "elsewhere")
     (songs.parent / "away").rename(songs / "song_0003")  # its record still stands, and the number of songs is the same
@@ -157,8 +160,9 @@ def test_not_one_song_is_an_error(tmp_path, encoders):
 def test_another_origin_is_refused_and_changes_nothing(mine, encoders, change):
     songs, out = mine
     before = stamps(out)
-    with pytest.raises(UserError, match=r"out was prepared with another origin \(.*\): name another folder"):
+    with pytest.raises(UserError, match=r"out was prepared with another origin \(.*\): name another folder") as caught:
         prepare(songs, out, encoders._replace(**change))
+    assert str(caught.value).endswith("--text-layer 2") == ("text_layer" in change)
     assert stamps(out) == before and order(out) == NAMES
 
 
@@ -220,6 +224,73 @@ def test_no_room_to_pack_is_said_before(mine, encoders, monkeypatch):
     with pytest.raises(UserError, match="packing needs 0 MiB, the disk has 0 MiB free"):
         prepare(songs, out, encoders)
     assert order(out) == NAMES
+
+
+def test_parts_of_several_machines_make_the_whole(tmp_path, songs, sung, encoders):
+    shutil.copytree(songs, tmp_path / "songs")
+    (tmp_path / "songs" / "song_0007").mkdir()
+    out, made = tmp_path / "out", []
+    for i in (2, 1, 3):
+        (out / "records").mkdir(parents=True, exist_ok=True)
+        part = out / "records" / ".song_0004.npz.123"  # another machine is writing it
+        part.touch()
+        done = prepare(tmp_path / "songs", out, encoders, shard=(i, 3))
+        assert part.exists() and not (out / "dataset").exists()
+        made.append((done.songs, done.new, [bad.id for bad in done.left_out]))
+    assert made == [(2, 2, []), (2, 2, ["song_0007"]), (2, 2, [])]
+    before = stamps(out)
+    done = prepare(tmp_path / "songs", out, encoders)
+    assert (done.songs, done.new, len(done.left_out)) == (6, 0, 1) and stamps(out) == before and not part.exists()
+    assert order(out) == NAMES and read_manifest(out) == read_manifest(sung)
+    assert prepare(tmp_path / "songs", tmp_path / "more", encoders, shard=(9, 9)).songs == 0  # more machines than songs
+    for shard in ((0, 3), (4, 3), (1, 0)):
+        with pytest.raises(UserError, match=r"--shard is \d/\d; allowed: 1/N to N/N"):
+            prepare(tmp_path / "songs", out, encoders, shard=shard)
+
+
+def test_songs_of_similar_length_are_a_batch_with_the_same_records(tmp_path, songs, sung, encoders, monkeypatch):
+    def seconds(folder):
+        return audio_seconds(folder / "audio.flac")
+
+    folders = [songs / name for name in NAMES]
+    batches = list(module.similar(folders, 4))
+    assert [len(batch) for batch in batches] == [4, 2]
+    assert max(map(seconds, batches[0])) <= min(map(seconds, batches[1]))
+    assert list(module.similar([*folders, tmp_path / "none"], 1)) == [(f,) for f in [*folders, tmp_path / "none"]]
+
+    shutil.copytree(songs, tmp_path / "songs")
+    (tmp_path / "songs" / "song_0003" / "audio.flac").write_bytes(b"no sound" * 99)
+    monkeypatch.setattr(module, "together", lambda codec: 4)
+    done = prepare(tmp_path / "songs", tmp_path / "out", encoders)
+    assert (done.songs, [bad.id for bad in done.left_out]) == (5, ["song_0003"])
+    single, batched = Dataset(sung), Dataset(tmp_path / "out")
+    for i, name in enumerate(order(tmp_path / "out")):
+        alone = single[NAMES.index(name)]
+        assert batched[i].source == alone.source and len(batched[i].codes) == len(alone.codes)
+        assert np.mean(batched[i].codes == alone.codes) > 0.999  # sums are taken in another order
+        np.testing.assert_array_equal(batched[i].lyric_states, alone.lyric_states)
+
+
+def test_lyrics_that_the_text_encoder_cannot_read_are_told(mine, encoders, capsys):
+    songs, out = mine
+    (songs / "song_0002" / "lyrics.txt").write_text("la sol 夢 花 la sol\n")
+    (songs / "song_0002" / "words.csv").unlink()
+    done = prepare(songs, out, encoders)
+    assert len(done.warnings) == 1
+    assert "song_0002/lyrics.txt: 33% of the pieces are unknown to the text encoder bert" in done.warnings[0]
+    assert "--text-encoder bert-base-multilingual-cased" in capsys.readouterr().out
+    assert prepare(songs, out, encoders).warnings == done.warnings  # a rerun tells the same
+
+
+def test_a_flood_of_warnings_is_counted(mine, encoders, capsys, monkeypatch):
+    songs, out = mine
+    monkeypatch.setattr(module, "WARNINGS", 2)
+    for i in (1, 2, 3, 4):
+        (songs / f"song_000{i}" / "lyrics.txt").write_text("[laughs]\nla\n")
+        (songs / f"song_000{i}" / "words.csv").unlink()
+    assert len(prepare(songs, out, encoders).warnings) == 4
+    said = capsys.readouterr().out
+    assert said.count("[laughs]") == 2 and "2 more warnings" in said
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path, songs, sung, encoders):

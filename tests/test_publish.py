@@ -8,8 +8,9 @@ import pytest
 from flax import nnx
 
 from l2m_jax.codec import decode, encode
-from l2m_jax.encodec import Encodec, EncodecConfig, Span, State
+from l2m_jax.encodec import Encodec, EncodecConfig
 from l2m_jax.publish import save_codec
+from l2m_jax.seanet import Span, State
 from l2m_jax.weights import load_codec
 
 SOUND = np.random.default_rng(0).normal(size=6000).astype(np.float32) * 0.1

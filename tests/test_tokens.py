@@ -106,7 +106,7 @@ def walk(layout: Layout, least: np.ndarray, most: np.ndarray, seed: int, end_sha
             take_end = layout.end in ids and rng.random() < end_share
             said[b, position, j] = layout.end if take_end else rng.choice(ids)
         ended = said[:, position, 0] == layout.end
-        end = np.where(ended, np.minimum(end, int(layout.head_frame(jnp.array(position)))), end)
+        end = np.where(ended, np.minimum(end, int(layout.target_frames(jnp.array(position))[0])), end)
     return said, end
 
 

@@ -1,33 +1,38 @@
-"""`l2m generate`: lyrics and a genre to a song."""
+"""`l2m generate`: lyrics and a genre to a song, to several, or to sound in a pipe; requests to songs."""
 
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from l2m_jax.commands.arguments import Folder, read_text
-from l2m_jax.config import SampleConfig
+from l2m_jax.commands.arguments import Folder
+from l2m_jax.config import UserError
+from l2m_jax.request import Request, read_text
 
 
 @dataclasses.dataclass(frozen=True)
 class Generate:
-    """Sing a song: writes song.wav, song.ecdc, song.npz and song.json."""
+    """Sing a song: writes song.wav, song.ecdc, song.npz and song.json.
+
+    Ctrl-C ends it early and keeps what was sung by then.
+    """
 
     run_folder: Annotated[Folder, tyro.conf.arg(name="run")]
     """Run folder of a trained model."""
-    lyrics: str
-    """A UTF-8 text file, or the lyrics themselves."""
-    genre: str = ""
-    """The genre, in words; empty lets the model choose."""
+    request: Annotated[Request, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Request)
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("song.wav")
-    """The song; its .ecdc, .npz and .json stand beside it."""
-    seconds: float | None = None
-    """Longest that the song may get; the model's window by default. It ends earlier by itself."""
-    seed: int = 0
-    """The same seed gives the same song."""
+    """The song; its .ecdc, .npz and .json stand beside it. `-` sends a WAV to standard output while it is sung."""
+    count: int = 1
+    """Variations to sing, with seed, seed + 1, ...: song_1.wav is the likeliest to the model; song.png shows all."""
+    requests: Path | None = None
+    """A file with a JSON object a line: id, lyrics, genre, any other of these controls; --out is then a folder.
+    What a line does not say is as on the command line. A rerun sings only what is missing."""
+    batch: int = 8
+    """Songs of --count or --requests that are sung at the same time; fewer take less memory."""
     step: int | None = None
     """Checkpoint; the newest by default."""
     codec: str = ""
@@ -36,26 +41,44 @@ class Generate:
     """The text encoder, likewise."""
     picture: bool = False
     """Draw song.png: waveform, spectrogram, lyrics."""
-    sampling: Annotated[SampleConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=SampleConfig)
 
     def run(self) -> int:
         """Does it; returns the exit status."""
-        from rich.console import Console
+        self._check()
+        from l2m_jax.generate import check_output, sing_one, sing_requests, sing_variations
+        from l2m_jax.singer import load
+        from l2m_jax.stop import StopSignal
 
-        from l2m_jax.generate import check_output, generate, load_singer
-        from l2m_jax.progress import Bar
+        request = dataclasses.replace(self.request, lyrics=read_text(self.request.lyrics))
+        out = None if str(self.out) == "-" else self.out
+        if out and not self.requests:
+            check_output(out)
+        singer, failed = load(self.run_folder, self.step, self.codec, self.text_encoder), 0
+        stop = StopSignal()
+        try:
+            if self.requests:
+                failed = sing_requests(singer, self.requests, request, self.batch, self.out, stop)
+            elif self.count > 1:
+                sing_variations(singer, request, self.count, self.batch, self.out, stop)
+            else:
+                sing_one(singer, request, out, self.picture, stop)
+        finally:
+            stop.restore()
+        return stop.status or min(failed, 1)
 
-        check_output(self.out)
-        lyrics = read_text(self.lyrics)
-        singer = load_singer(self.run_folder, self.step, self.codec, self.text_encoder)
-        limit = singer.longest if self.seconds is None else self.seconds
-        with Bar(Console(), "singing", limit, "s at most") as bar:
-            about = generate(singer, lyrics, self.genre, self.out, self.sampling, self.seed, limit, bar.update)
-        for warning in about["warnings"]:
-            print(f"warning: {warning}")
-        if self.picture:
-            from l2m_jax.picture import draw_file
-
-            draw_file(self.out, lyrics)
-        print(f"{self.out}: {about['seconds']:.1f} s, {about['cut'] or 'ended by itself'}")
-        return 0
+    def _check(self) -> None:
+        """What does not go together; before the long work."""
+        for name in ("count", "batch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}; allowed: 1 and above")
+        piped, several = str(self.out) == "-", self.count > 1 or self.requests is not None
+        if piped and (several or self.picture):
+            raise UserError("-o - sends one song to a pipe: it goes with neither --count, --requests nor --picture")
+        if piped and sys.stdout.isatty():
+            raise UserError("-o - sends a WAV to a pipe, as in: l2m generate ... -o - | ffplay -; here is a terminal")
+        if self.requests is not None and (self.count > 1 or self.picture):
+            raise UserError("--requests goes with neither --count nor --picture")
+        if self.requests is not None and self.out.suffix:
+            raise UserError(f"--requests puts its songs into a folder: --out FOLDER, not {self.out}")
+        if self.requests is None and not self.request.lyrics.strip():
+            raise UserError("--lyrics is needed: a text file, or the lyrics themselves; or --requests FILE")

@@ -1,0 +1,25 @@
+"""Compiled programs that outlive the process: JAX's persistent compilation cache. The commands switch it on."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import jax
+
+
+def keep_compiled() -> None:
+    """Keeps compiled programs in $XDG_CACHE_HOME/l2m_jax (~/.cache/l2m_jax), so that the next run starts at once.
+
+    $JAX_COMPILATION_CACHE_DIR goes before; where the folder cannot be written, each run compiles for itself.
+    """
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "l2m_jax"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # the latter: no home
+        return
+    if os.access(folder, os.W_OK):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
