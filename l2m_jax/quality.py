@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from l2m_jax.codec import Codec, decode, encode
+from l2m_jax.codec import Codec, decode, encode_scaled
 
 WINDOW, HOP, BANDS = 2048, 512, 80
 FLOOR = 1e-4  # added to mel power: 2e-10 of the power of a full-scale sine
@@ -51,23 +51,28 @@ class Quality(NamedTuple):
 
 
 def measure(
-    codec: Codec, samples: Float[np.ndarray, " T"]
-) -> tuple[Quality, Float[np.ndarray, " T"], Int[np.ndarray, "F K"]]:
-    """Encodes and decodes a mono sound at the codec's rate: figures, reconstruction, codes. T is above 0."""
-    decode(codec, encode(codec, samples))  # compiles
+    codec: Codec, samples: Float[np.ndarray, "T ..."]
+) -> tuple[Quality, Float[np.ndarray, "T ..."], Int[np.ndarray, "F K"]]:
+    """Encodes and decodes a sound at the codec's rate: figures, reconstruction, codes. T is above 0.
+
+    The figures of a stereo sound are those of the mean of its channels.
+    """
+    encoded = encode_scaled(codec, samples)
+    decode(codec, encoded.codes, scales=encoded.scales)  # compiles
     began = time.perf_counter()
-    codes = encode(codec, samples)
-    heard = decode(codec, codes)[: len(samples)]
+    encoded = encode_scaled(codec, samples)
+    heard = decode(codec, encoded.codes, scales=encoded.scales)[: len(samples)]
     took = time.perf_counter() - began
-    counts = [np.bincount(book, minlength=codec.entries) for book in codes.T]
-    cents, voiced = pitch_errors(samples, heard, codec.rate)
+    mono, mono_heard = (x.reshape(len(x), -1).mean(1) for x in (samples, heard))
+    counts = [np.bincount(book, minlength=codec.entries) for book in encoded.codes.T]
+    cents, voiced = pitch_errors(mono, mono_heard, codec.rate)
     seconds = len(samples) / codec.rate
     quality = Quality(
         seconds=seconds,
-        si_sdr_db=si_sdr(samples, heard),
-        mel_distance=mel_distance(samples, heard, codec.rate),
-        pitch_cents_median=float(np.median(cents)) if len(cents) else None,
-        pitch_within_50_cents=float(np.mean(cents <= 50)) if len(cents) else None,
+        si_sdr_db=si_sdr(mono, mono_heard),
+        mel_distance=mel_distance(mono, mono_heard, codec.rate),
+        pitch_cents_median=float(np.median(cents)) if voiced else None,
+        pitch_within_50_cents=float(np.mean(cents <= 50)) if voiced else None,
         voiced_s=voiced * PITCH_HOP,
         entries_used=tuple(int(np.count_nonzero(count)) for count in counts),
         entropy_bits=tuple(_entropy(count) for count in counts),
@@ -76,7 +81,7 @@ def measure(
         bits_per_s=codec.codebooks * codec.frame_rate * float(np.log2(codec.entries)),
         rtf=took / seconds,
     )
-    return quality, heard, codes
+    return quality, heard, encoded.codes
 
 
 def si_sdr(sound: Float[np.ndarray, " T"], heard: Float[np.ndarray, " T"]) -> float:

@@ -292,3 +292,16 @@ def test_a_reader_that_leaves_is_no_traceback(tmp_path):
     )
     os.close(write)
     assert done.returncode == 1 and "Traceback" not in done.stderr
+
+
+def test_codec_measures_files_and_names_the_bad_one(l2m, songs, tmp_path):
+    audio = next(songs.glob("*/audio.flac"))
+    status, out, _ = l2m("codec", audio, tmp_path / "none.wav", "--out", tmp_path / "heard")
+    assert status == 1 and "audio.flac" in out and f"left out: {tmp_path / 'none.wav'}: no such audio file" in out
+    assert sorted(path.name for path in (tmp_path / "heard").iterdir()) == ["audio.png", "audio.wav"]
+    status, out, _ = l2m("codec", "--json", audio)
+    (row,) = map(json.loads, out.splitlines())
+    assert status == 0 and row["file"] == str(audio) and 0.5 < row["pitch_within_50_cents"] <= 1
+    names = {"si_sdr_db", "mel_distance", "pitch_cents_median", "entries_used", "entropy_bits", "level_db", "rtf"}
+    assert names < row.keys() and row["bits_per_s"] == 1500
+    assert l2m("codec")[0] == 2

@@ -31,20 +31,21 @@ class Codec:
         """Does it; returns the exit status."""
         if not self.files:
             raise UserError("name at least one sound file")
-        rows = [self._measure(file) for file in self.files]
+        from l2m_jax.weights import load_codec
+
+        codec = load_codec(self.codec, self.codebooks)
+        rows = [self._measure(codec, file) for file in self.files]
         if not self.as_json:
             _print_table(rows)
         return 1 if any("error" in row for row in rows) else 0
 
-    def _measure(self, file: Path) -> dict[str, Any]:
+    def _measure(self, codec: Any, file: Path) -> dict[str, Any]:
         from l2m_jax.audio import read_audio, write_wav
         from l2m_jax.picture import draw_spectrograms
         from l2m_jax.quality import measure
-        from l2m_jax.weights import load_codec
 
-        codec = load_codec(self.codec, self.codebooks)
         try:
-            samples = read_audio(file, codec.rate)
+            samples = read_audio(file, codec.rate, codec.channels)
             quality, heard, _ = measure(codec, samples)
         except UserError as error:
             row: dict[str, Any] = {"file": str(file), "error": str(error)}
@@ -53,7 +54,8 @@ class Codec:
             if self.out is not None:
                 self.out.mkdir(parents=True, exist_ok=True)
                 write_wav(self.out / f"{file.stem}.wav", heard, codec.rate)
-                pair = {file.name: samples, f"through {codec.name}, {quality.bits_per_s / 1000:g} kbit/s": heard}
+                named = {file.name: samples, f"through {codec.name}, {quality.bits_per_s / 1000:g} kbit/s": heard}
+                pair = {name: sound.reshape(len(sound), -1).mean(1) for name, sound in named.items()}
                 draw_spectrograms(self.out / f"{file.stem}.png", pair, codec.rate)
         if self.as_json:
             print(json.dumps(row, ensure_ascii=False), flush=True)
