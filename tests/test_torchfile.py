@@ -127,6 +127,16 @@ def test_what_is_no_state_dict_is_named(tmp_path):
         (tmp_path / "b.th").write_bytes(content)
         with pytest.raises(UserError, match=r"b\.th: cannot be read as a checkpoint of torch \(.+\)"):
             read_torch(tmp_path / "b.th")
+    for kind in ("O", "|O8", None):  # NumPy has kinds that are more than numbers
+        stored = pickled({"a": Tensor(FLOATS, 0, (3,), (1,))}).replace(
+            b"ctorch\nFloatStorage\n", pickle.dumps(kind, 2)[2:-1]
+        )
+        with pytest.raises(UserError, match="has a storage of kind"):
+            read_torch(write_zip(tmp_path / "c.th", stored))
+    with zipfile.ZipFile(tmp_path / "d.th", "w"):
+        pass
+    with pytest.raises(UserError, match="no data.pkl in it"):
+        read_torch(tmp_path / "d.th")
     with pytest.raises(UserError, match="none"):
         read_torch(tmp_path / "none.th")
 

@@ -125,6 +125,15 @@ def test_a_file_of_metas_is_found_by_itself_or_by_its_folder(tmp_path):
         resolve("none/x.th")
 
 
+@pytest.mark.parametrize(("key", "value"), [
+    ("num_filters", "many"), ("num_filters", 0), ("upsampling_ratios", []), ("upsampling_ratios", [8, "5"]),
+    ("target_bandwidths", [-1.5]), ("sampling_rate", -1), ("chunk_length_s", "1"), ("kernel_size", {}),
+])  # fmt: skip
+def test_settings_that_are_no_numbers_are_named(key, value):
+    with pytest.raises(UserError, match=f"config.json: {key} is .*numbers above 0 are needed"):
+        EncodecConfig.parse({key: value}, "config.json")
+
+
 @pytest.mark.parametrize("overlap", [None, 0, 0.005, 0.02, 0.5])
 def test_other_overlaps_are_refused(overlap):
     settings = {"sampling_rate": 48_000, "chunk_length_s": 1.0, "overlap": overlap}
