@@ -95,7 +95,8 @@ def encode_many(
 ) -> list[Int[np.ndarray, "_ K"]]:
     """Codes of each of several sounds, computed as one batch, for an accelerator; on CPU no faster than one by one.
 
-    Every number of sounds compiles once, and the batch takes as long as its longest.
+    Every number of sounds compiles once, and the batch takes as long as its longest. A segmented codec takes them one
+    after the other: the segments of one sound are a batch already.
     """
     sounds = [_fitting(codec, sound) for sound in sounds]
     if not codec.streams:

@@ -166,24 +166,24 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-    """How the next code is drawn."""
+    """How the next code is drawn. Defaults of temperature and guidance were chosen by `scripts/tune_sampling.py`."""
 
-    temperature: float = 1.0
-    """Divides the logits; 0 takes the likeliest code."""
+    temperature: float = 0.7
+    """Divides the logits: below 1 surer and plainer, above 1 wilder; 0 takes the likeliest code."""
     top_k: int = 250
-    """Draw among the k likeliest codes; 0 among all."""
+    """Draw among the k likeliest codes; 0 among all. Cuts off the unlikely, however many are likely."""
     top_p: float = 1.0
-    """Draw among the likeliest codes that together hold this probability."""
+    """Draw among the likeliest codes that together hold this probability: few where the model is sure."""
     min_p: float = 0.0
     """Draw among the codes at least this share as likely as the likeliest; 0 among all."""
     repetition_penalty: float = 1.0
-    """Divides the probability of each code that was said in the repetition window; 1 leaves it, above 1 varies more."""
+    """Divides the probability of each code that was said in the repetition window: above 1 against stuck notes."""
     repetition_window: int = 75
     """Frames that repetition-penalty looks back."""
-    guidance_lyrics: float = 1.0
-    """g_lyrics; 1 is the model's own distribution, more follows the words harder."""
+    guidance_lyrics: float = 2.0
+    """g_lyrics: how hard the words are followed; 1 is the model's own distribution, else it costs two songs."""
     guidance_genre: float = 1.0
-    """g_genre; 1 is the model's own distribution."""
+    """g_genre: how hard the genre is followed; 1 is the model's own distribution."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:

@@ -76,6 +76,12 @@ class EncodecConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         ours: dict[str, Any] = {key: published[key] for key in known & published.keys()}
         ours |= {key: tuple(value) for key, value in ours.items() if isinstance(value, list)}
+        for key, value in ours.items():
+            numbers = value if isinstance(value, tuple) else (value,)
+            least = 0 if key in ("overlap", "num_lstm_layers", "num_residual_layers") else 1e-9
+            fits = [isinstance(n, bool) or (isinstance(n, int | float) and n >= least) for n in numbers]
+            if not (value is None or key == "norm_type" or (fits and all(fits))):
+                raise UserError(f"{source}: {key} is {list(numbers)}; numbers above 0 are needed")
         config = cls(**ours)
         if config.codebook_size.bit_count() != 1:
             raise UserError(f"{source}: codebook_size is {config.codebook_size}; it must be a power of 2")

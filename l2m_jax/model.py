@@ -9,7 +9,9 @@ Parameters are float32; `dtype` is what products are computed in. Layers are sta
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+import copy
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -147,7 +149,7 @@ class SoundTransformer(nnx.Module):
         self.section_embedding = table(len(SECTIONS))
         self.null_embedding = table(KINDS)
         keys = jax.random.split(rngs.params(), config.layers)
-        self.layers = jax.vmap(lambda key: Layer(config, dtype, rngs=nnx.Rngs(key)))(keys)
+        self.layers: Any = jax.vmap(lambda key: Layer(config, dtype, rngs=nnx.Rngs(key)))(keys)
         self.head = _linear(config.width, layout.streams * layout.id_space, _xavier(1.0), dtype, rngs)
 
     def memory(self, prompt: Prompt, keep: Bool[Array, "B kinds"]) -> Memory:
@@ -183,14 +185,26 @@ class SoundTransformer(nnx.Module):
         logits = self.head(hidden).astype(jnp.float32).reshape(*hidden.shape[:2], self.streams, self.id_space)
         return jnp.where(jnp.arange(self.id_space) <= self.last_id, logits, -jnp.inf)
 
-    def unstacked(self) -> list[Layer]:
-        """The layers one by one, for the decode loop: slices of the stack would be copied at every step."""
-        return [cast(Layer, jax.tree.map(lambda p, i=i: p[i], self.layers)) for i in range(self.depth)]
+    def unstacked(self) -> SoundTransformer:
+        """The same model with its layers one by one, for `step` and `prefill`: who only samples keeps no other.
+
+        In a compiled loop slices of the stack would be copied at every step.
+        """
+        if isinstance(self.layers, nnx.List):
+            return self
+        apart = copy.copy(self)
+        apart.layers = nnx.List(_slices(self.layers, self.depth))
+        return apart
 
     @property
     def depth(self) -> int:
         """L."""
-        return jax.tree.leaves(self.layers)[0].shape[0]
+        return len(self.layers) if isinstance(self.layers, nnx.List) else jax.tree.leaves(self.layers)[0].shape[0]
+
+
+@functools.partial(jax.jit, static_argnames="depth")
+def _slices(layers: Layer, depth: int) -> list[Layer]:
+    return [jax.tree.map(lambda p, i=i: p[i], layers) for i in range(depth)]
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:

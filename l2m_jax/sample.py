@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from l2m_jax.attention import to_pages
 from l2m_jax.config import SampleConfig, UserError
-from l2m_jax.model import KeysValues, Layer, Memory, Pages, Prompt, SoundTransformer
+from l2m_jax.model import KeysValues, Memory, Pages, Prompt, SoundTransformer
 from l2m_jax.rule import Rule, draw, guide, make_rule, penalise, variants
 from l2m_jax.tokens import Layout
 
@@ -40,7 +41,6 @@ class SampleState(NamedTuple):
 class Context(NamedTuple):
     """What stays the same from step to step, computed once. R = B x variants rows: guidance computes several."""
 
-    layers: list[Layer]  # unstacked: slices of the stack would be copied at every step
     lyrics: list[KeysValues]  # of each layer, [R, N, M, H]
     memory: Memory  # [R, M, D]
     rule: Rule
@@ -82,7 +82,7 @@ def _segment(
         (position, heard, said, end, logprob), cache = carry
         x = jnp.repeat(model.embed(heard[:, None], layout.place(position[None])), count, axis=0)
         kept = []
-        for layer, lyrics, old in zip(context.layers, context.lyrics, cache):
+        for layer, lyrics, old in zip(model.layers, context.lyrics, cache):
             x, new = layer.step(x, old, lyrics, context.memory.seen, position)
             kept.append(new)
         logits = model.logits(x).reshape(songs, count, layout.streams, -1)
@@ -117,8 +117,11 @@ def _prefill(model: SoundTransformer, context: Context, layout: Layout, size: in
     heard = jnp.pad(context.given, ((0, 0), (1, max(size - layout.positions, 0)), (0, 0)), constant_values=layout.bos)
     heard = jnp.where(heard < 0, layout.pad, heard)[:, :size]
     x = jnp.repeat(model.embed(heard, layout.place(jnp.arange(size))), len(context.rule.guidance), axis=0)
-    kept = jax.lax.scan(lambda x, layer: layer.prefill(x, context.memory), x, model.layers)[1]
-    return [Pages(*(to_pages(x[i], min(PAGE, size)) for x in kept)) for i in range(model.depth)]
+    cache = []
+    for layer in model.layers:
+        x, kept = layer.prefill(x, context.memory)
+        cache.append(Pages(*(to_pages(part, min(PAGE, size)) for part in kept)))
+    return cache
 
 
 @functools.partial(jax.jit, static_argnames=("layout",))
@@ -134,21 +137,21 @@ def _context(
     layout: Layout,
 ) -> Context:
     """What stays the same. A draw's luck hangs on its song's key and its position alone."""
-    memory, layers = model.memory(rows, kinds), model.unstacked()
-    lyrics = [layer.cross_attention.keys_values(memory.states) for layer in layers]
+    memory = model.memory(rows, kinds)
+    lyrics = [layer.cross_attention.keys_values(memory.states) for layer in model.layers]
 
     def fortune(key: Array, position: Array) -> Array:
         return jax.random.uniform(jax.random.fold_in(key, position), (layout.streams,))
 
     luck = jax.vmap(jax.vmap(fortune, (None, 0)), (0, None))(keys, jnp.arange(layout.positions))
-    return Context(layers, lyrics, memory, rule, luck, given, least, most)
+    return Context(lyrics, memory, rule, luck, given, least, most)
 
 
 def grow(cache: Cache, pages: int) -> None:
-    """Gives every layer more pages, one after the other: never is there more than one of them twice."""
-    for i, layer in enumerate(cache):
-        if len(layer.keys) < pages:
-            cache[i] = Pages(*(_longer(x, pages) for x in layer))
+    """Gives every layer more pages, one array after the other: never is there more than one of them twice."""
+    for i, name in itertools.product(range(len(cache)), Pages._fields):
+        if len(old := getattr(cache[i], name)) < pages:
+            cache[i] = cache[i]._replace(**{name: _longer(old, pages)})
 
 
 @functools.partial(jax.jit, static_argnames="pages")
@@ -184,6 +187,7 @@ def sample_states(
     most, shortest = _each(frames, songs), _each(least, songs)
     given = [np.zeros((0, layout.codebooks), np.int32)] * songs if given is None else given
     _check(layout, most, given)
+    model = model.unstacked()
     context = _start(model, layout, prompt, rule, seeds, most, shortest, given)
     position = min(map(len, given)) * layout.codebooks // layout.streams  # the first that is not given to every song
     size, page = cache_size(position + 1, layout), cache_size(1, layout)
@@ -192,14 +196,14 @@ def sample_states(
         cache = _prefill(model, context, layout, size)
     else:
         empty = jnp.zeros((rows * size // page, page, context.lyrics[0].keys.shape[-1]), model.dtype)
-        cache = [Pages(empty.copy(), empty.copy()) for _ in context.layers]
-    said = jnp.where(context.given < 0, layout.pad, context.given)
+        cache = [Pages(empty.copy(), empty.copy()) for _ in model.layers]
+    targets = jnp.where(context.given < 0, layout.pad, context.given)
     state = SampleState(
         position=jnp.array(position),
-        heard=said[:, position - 1] if position else jnp.full_like(said[:, 0], layout.bos),
-        said=said,
-        end=jnp.where(jnp.arange(len(said)) < songs, layout.frames + 1, 0),  # what pads the batch has ended
-        logprob=jnp.zeros(len(said)),
+        heard=targets[:, position - 1] if position else jnp.full_like(targets[:, 0], layout.bos),
+        said=targets,
+        end=jnp.where(jnp.arange(len(targets)) < songs, layout.frames + 1, 0),  # what pads the batch has ended
+        logprob=jnp.zeros(len(targets)),
     )
     window = min(rule.repetition_window * layout.codebooks // layout.streams, layout.positions)
     window = window if context.rule.repetition is not None else 0

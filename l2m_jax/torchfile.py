@@ -61,7 +61,9 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
 
 def _read_zip(file: BinaryIO) -> tuple[Any, Mapping[str, bytes]]:
     with zipfile.ZipFile(file) as archive:
-        pickled = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+        pickled = next((name for name in archive.namelist() if name.endswith("/data.pkl")), "")
+        if not pickled:
+            raise pickle.UnpicklingError("no data.pkl in it")
         folder = pickled.removesuffix(".pkl") + "/"
         with archive.open(pickled) as stream:
             found = _Unpickler(stream).load()
@@ -103,4 +105,6 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> _Storage:
         _, kind, key, *_ = pid
+        if kind not in _KINDS.values():  # a file may write any text there
+            raise pickle.UnpicklingError(f"it has a storage of kind {kind!r}")
         return self.storages.setdefault(key, _Storage(key, kind))

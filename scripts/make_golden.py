@@ -58,6 +58,38 @@ def codec() -> None:
     np.savez_compressed(GOLDEN / "codec.npz", **golden)
 
 
+def segmented() -> None:
+    """tests/golden/segmented.npz: a stereo sound, and what a small random codec of encodec_48khz's kind makes of it."""
+    from transformers import EncodecConfig, EncodecModel
+
+    small = {
+        "model_type": "encodec", "sampling_rate": 800, "audio_channels": 2, "normalize": True, "chunk_length_s": 1.0,
+        "overlap": 0.015, "norm_type": "time_group_norm", "use_causal_conv": False, "num_filters": 4, "hidden_size": 8,
+        "upsampling_ratios": [4, 2], "num_residual_layers": 2, "num_lstm_layers": 1, "codebook_size": 32,
+        "target_bandwidths": [2.0], "use_conv_shortcut": True,
+    }  # fmt: skip
+    time = np.arange(1_999) / 800  # three segments; the last one ends in the midst of a frame
+    tune = 0.4 * np.sin(2 * np.pi * np.stack([60 * time, 90 * time**2], axis=1)) * np.exp(-2 * (2 * time % 1))[:, None]
+    noise = np.random.default_rng(0).normal(0, 0.02, tune.shape)
+    sound = np.round((tune + noise) * 16_384).astype(np.int16)
+    torch.manual_seed(0)
+    model: Any = EncodecModel(EncodecConfig(**small)).eval()
+    for name, weight in model.named_parameters():
+        if "norm" in name:  # as a trained model has them
+            weight.data += 0.3 * torch.randn(weight.shape)
+    for layer in model.quantizer.layers:
+        layer.codebook.embed.normal_(0, 0.4)
+    weights = {f"weight/{key}": value.numpy() for key, value in model.state_dict().items() if "embed_avg" not in key}
+    with torch.no_grad():
+        given = torch.from_numpy(sound.astype(np.float32).T / 32_768)[None]
+        codes, scales, pad = model.encode(given, return_dict=False)
+        wave = model.decode(codes, scales, last_frame_pad_length=pad).audio_values[0].numpy().T
+    flat = codes[:, 0].mT.reshape(-1, codes.shape[2]).numpy().astype(np.int32)
+    golden = {"codes": flat[: len(flat) - pad], "scales": np.array([float(scale) for scale in scales]), "wave": wave}
+    np.savez_compressed(GOLDEN / "segmented.npz", sound=sound, config=json.dumps(small), **golden, **weights)
+
+
 if __name__ == "__main__":
     codec()
+    segmented()
     bert()

@@ -101,7 +101,9 @@ def main(job: Overfit) -> None:
     for whose, order in (("own", (0, 1)), ("swapped", (1, 0))):
         # Song i of this batch is asked for with the lyrics of song order[i], and must be that song.
         prompt = Prompt(*(np.stack([getattr(examples[i], name) for i in order]) for name in Prompt._fields))
-        songs = sample_codes(model, layout, prompt, SampleConfig(temperature=0), [0, 1], frames)
+        # No guidance: without condition dropout the model has never seen a song without lyrics.
+        rule = SampleConfig(temperature=0, guidance_lyrics=1)
+        songs = sample_codes(model, layout, prompt, rule, [0, 1], frames)
         for i, (record, song) in enumerate(zip((records[j] for j in order), songs)):
             shared = min(len(record.codes), len(song.codes))
             same = (song.codes[:shared] == record.codes[:shared]).sum() / record.codes.size

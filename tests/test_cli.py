@@ -121,7 +121,7 @@ def test_preset_file_with_a_mistake(tmp_path, content, says):
         ("generate RUN --lyrics la --top-p 2", "top-p is 2.0; allowed: above 0, up to 1"),
         ("decode song.npz", "song.npz: no such file"),
         ("prepare /nowhere OUT", "/nowhere: no such folder"),
-        ("prepare DATA OUT --codec nowhere", "nowhere: no such folder"),
+        ("prepare DATA OUT --codec nowhere", "nowhere: no such model; possible are solfege"),
         ("prepare DATA OUT --shard 3", "--shard is '3'; needed: i/N, such as 1/4"),
         ("prepare DATA OUT --shard 3/2", "--shard is 3/2; allowed: 1/N to N/N"),
         (

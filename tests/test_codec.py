@@ -11,9 +11,20 @@ import pytest
 from safetensors.numpy import save_file
 
 from l2m_jax.audio import read_audio
-from l2m_jax.codec import Codec, _decode_chunk, _encode_chunk, decode, decode_chunk, decoder_state, encode, encode_many
+from l2m_jax.codec import (
+    Codec,
+    _decode_chunk,
+    _encode_chunk,
+    decode,
+    decode_chunk,
+    decoder_state,
+    encode,
+    encode_many,
+    encode_scaled,
+)
 from l2m_jax.config import UserError
 from l2m_jax.encodec import Encodec, State
+from l2m_jax.segments import SCALE
 from l2m_jax.weights import load_codec, resolve
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "codec.npz")
@@ -200,3 +211,65 @@ def test_transformers_agrees_on_the_shortest_sounds(small, samples):
     model = transformers.EncodecModel(transformers.EncodecConfig(**SMALL_CONFIG)).eval()
     model.load_state_dict({key: torch.from_numpy(value) for key, value in SMALL_WEIGHTS.items()}, strict=False)
     torch_parity(small, model, SOUND[:samples], chunk=40)
+
+
+SEGMENTED = np.load(Path(__file__).parent / "golden" / "segmented.npz")
+STEREO = SEGMENTED["sound"].astype(np.float32) / 32_768
+
+
+@pytest.fixture(scope="module")
+def segmented(tmp_path_factory) -> Codec:
+    """Stereo, 100 frames a second, segments of 100 frames with 12 samples in common, 4 codebooks of 32 entries."""
+    weights = {key.removeprefix("weight/"): SEGMENTED[key] for key in SEGMENTED.files if key.startswith("weight/")}
+    folder = tmp_path_factory.mktemp("codecs") / "segmented"
+    return load_codec(save(folder, json.loads(str(SEGMENTED["config"])), weights))
+
+
+def test_a_segmented_codec_is_that_of_transformers(segmented):
+    song = encode_scaled(segmented, STEREO)
+    assert (segmented.channels, segmented.streams, segmented.frame_rate) == (2, False, 100)
+    assert len(np.unique(SEGMENTED["codes"])) == 32
+    check("scales", relative(song.scales, SEGMENTED["scales"]), 1e-6)
+    check("codes that differ", float(np.mean(song.codes != SEGMENTED["codes"])), 1e-3)
+    wave = decode(segmented, SEGMENTED["codes"], scales=song.scales)
+    check("waveform", relative(wave, SEGMENTED["wave"][: len(wave)]), 1e-4)
+    assert len(STEREO) <= len(wave) < len(STEREO) + segmented.hop
+
+
+def test_segments_in_one_batch_are_those_alone(segmented, monkeypatch):
+    song = encode_scaled(segmented, STEREO)
+    wave = decode(segmented, song.codes, scales=song.scales)
+    monkeypatch.setattr("l2m_jax.codec.SEGMENTS", 1)
+    alone = encode_scaled(segmented, STEREO)
+    np.testing.assert_array_equal(alone.codes, song.codes)
+    check("waveform", np.abs(decode(segmented, song.codes, scales=song.scales) - wave).max(), 1e-6)
+
+
+@pytest.mark.parametrize("samples", [1, 7, 9, 500, 788, 792, 799, 800, 801, 1_588])
+def test_segments_of_any_length(segmented, samples):
+    """What stands behind a short segment is never heard: not by the norms, nor by the layers that see both sides."""
+    song = encode_scaled(segmented, STEREO[:samples])
+    tail = np.concatenate([STEREO[:samples], np.zeros((0, 2), np.float32)])
+    frames = sum(-(-min(800, samples - start) // 8) for start in range(0, samples, 788))
+    assert song.codes.shape == (frames, 4) and len(song.scales) == -(-samples // 788)
+    np.testing.assert_array_equal(encode_many(segmented, [STEREO, tail])[1], song.codes)
+    wave = decode(segmented, song.codes, scales=song.scales)
+    assert np.isfinite(wave).all() and samples <= len(wave) < samples + 8
+
+
+def test_stereo_and_scales_where_they_are_not_given(segmented, small):
+    mono = STEREO[:, 0]
+    np.testing.assert_array_equal(encode(segmented, mono), encode(segmented, np.stack([mono, mono], axis=1)))
+    song = encode_scaled(segmented, STEREO)
+    unscaled = decode(segmented, song.codes)
+    np.testing.assert_array_equal(unscaled, decode(segmented, song.codes, scales=np.full(3, SCALE, np.float32)))
+    assert decode(segmented, song.codes[:0]).shape == (0, 2) and encode(segmented, mono[:0]).shape == (0, 4)
+    assert encode_scaled(small, SOUND[:80]).scales is None
+    for wrong, reason in (
+        (lambda: encode(small, STEREO), r"the sound has shape \[1999, 2\]; codec small wants samples of one channel"),
+        (lambda: encode(segmented, STEREO[:, [0, 0, 1]]), "wants samples by 2 channels"),
+        (lambda: decode(segmented, song.codes, scales=song.scales[:2]), "2 scales; 253 frames .* are 3 segments"),
+        (lambda: decoder_state(segmented), "codec segmented decodes overlapping segments"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            wrong()

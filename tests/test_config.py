@@ -33,6 +33,11 @@ from l2m_jax.config import Config, MeshConfig, ModelConfig, SampleConfig, TrainC
         (SampleConfig, {"top_k": -1}, "top-k is -1"),
         (SampleConfig, {"top_p": 0.0}, "top-p is 0.0"),
         (SampleConfig, {"top_p": 1.1}, "top-p is 1.1"),
+        (SampleConfig, {"min_p": -0.1}, "min-p is -0.1"),
+        (SampleConfig, {"min_p": 1.5}, "min-p is 1.5"),
+        (SampleConfig, {"repetition_penalty": 0.0}, "repetition-penalty is 0.0"),
+        (SampleConfig, {"repetition_penalty": math.nan}, "repetition-penalty is nan"),
+        (SampleConfig, {"repetition_window": 0}, "repetition-window is 0"),
         (SampleConfig, {"guidance_lyrics": math.inf}, "guidance-lyrics is inf"),
     ],
 )

@@ -37,6 +37,7 @@ def numpy_rule(logits: np.ndarray, allowed: np.ndarray, rule: SampleConfig) -> n
         SampleConfig(top_k=0, min_p=1.0, temperature=1.0),
         SampleConfig(top_k=5, top_p=0.9, min_p=0.3, temperature=1.3),
         SampleConfig(),
+        SampleConfig(temperature=0.01),
     ],
     ids=lambda r: f"temperature{r.temperature}-k{r.top_k}-p{r.top_p}-min{r.min_p}",
 )

@@ -14,15 +14,15 @@ from l2m_jax.config import ModelConfig, SampleConfig, UserError
 from l2m_jax.data import prompt_rows
 from l2m_jax.model import Pages, Prompt, SoundTransformer
 from l2m_jax.rule import make_rule, variants
-from l2m_jax.sample import Context, Song, said, sample_codes, sample_states
+from l2m_jax.sample import Context, Song, cache_size, said, sample_codes, sample_states
 from l2m_jax.tokens import Layout, make_layout
 
 V = 16
 FLATTEN = ModelConfig(codebooks=2, entries=V, frames=31, memory=6, text_width=8, width=16, heads=2, layers=2)
 DELAY = dataclasses.replace(FLATTEN, layout="delay", codebooks=3, frames=60)  # both are 64 positions
 each_model = pytest.mark.parametrize("config", [FLATTEN, DELAY], ids=["flatten", "delay"])
-GREEDY = SampleConfig(temperature=0.0)
-FREE = SampleConfig(top_k=0)
+GREEDY = SampleConfig(temperature=0.0, guidance_lyrics=1.0)
+FREE = SampleConfig(temperature=1.0, top_k=0, guidance_lyrics=1.0)
 
 
 @functools.cache
@@ -81,18 +81,19 @@ def masks(layout: Layout, songs: list[Song], frames: int, least: int, length: in
 @each_model
 def test_steps_equal_the_whole_forward_pass(monkeypatch, config: ModelConfig):
     """Logits position by position through `Layer.step`, from nothing and from a prefilled cache, page after page."""
-    model, layout, prompt, keep = make_model(config), make_layout(config), make_prompt(2), jnp.ones((2, 2), bool)
+    stacked, layout, prompt, keep = make_model(config), make_layout(config), make_prompt(2), jnp.ones((2, 2), bool)
+    model = stacked.unstacked()
     rng = np.random.default_rng(5)
     ids = jnp.asarray(
         np.stack([layout.encode(rng.integers(0, V, (8, config.codebooks))).ids for _ in range(2)])[:, :11]
     )
-    expected = np.asarray(forward(model, layout, ids, prompt, keep))[..., : layout.pad + 1]
+    expected = np.asarray(forward(stacked, layout, ids, prompt, keep))[..., : layout.pad + 1]
 
     @jax.jit
     def step(caches: list[Pages], ids, position):
         memory = model.memory(prompt, keep)
         x, new = model.embed(ids, layout.place(position[None])), []
-        for layer, cache in zip(model.unstacked(), caches):
+        for layer, cache in zip(model.layers, caches):
             lyrics = layer.cross_attention.keys_values(memory.states)
             x, cache = layer.step(x, cache, lyrics, memory.seen, position)
             new.append(cache)
@@ -102,7 +103,7 @@ def test_steps_equal_the_whole_forward_pass(monkeypatch, config: ModelConfig):
         caches = [Pages(*(jnp.full((4 * 4, 4, 8), 9.0) for _ in range(2))) for _ in range(2)]
         if known:  # what lies behind the known positions is written before it is read
             heard = jnp.where(jnp.arange(64)[None, :, None] < known, jnp.pad(ids[:, 1:], ((0, 0), (0, 54), (0, 0))), -1)
-            context = Context([], [], model.memory(prompt, keep), make_rule(FREE), *[heard] * 4)
+            context = Context([], model.memory(prompt, keep), make_rule(FREE), *[heard] * 4)
             monkeypatch.setattr(sample, "PAGE", 4)
             caches = list(sample._prefill(model, context, layout, 16))
         got = []
@@ -214,6 +215,92 @@ def test_each_song_ends_on_its_own(monkeypatch, config: ModelConfig):
     fewer = run(config, prompt, FREE, seeds, sorted(lengths)[2], end_bias=1.5)[0]
     for song, short in zip(songs, fewer):  # a limit cuts the longer songs and leaves the others as they are
         np.testing.assert_array_equal(short.codes, song.codes[: len(short.codes)])
+
+
+@each_model
+def test_songs_begin_with_what_is_given(monkeypatch, config: ModelConfig):
+    """Prefilled or said step by step, what is given stays, and the songs go on as if they had said it themselves."""
+    monkeypatch.setattr(sample, "PAGE", 16)
+    layout, prompt, seeds, model = make_layout(config), make_prompt(4), [1, 2, 3, 4], make_model(config)
+    *_, state = sample_states(model, layout, prompt, FREE, seeds, 24, least=24)
+    songs = said(state, layout, 24)
+    for lengths in ([20, 20, 20, 20], [24, 9, 11, 17], [0, 1, 24, 12]):  # prefilled to the shortest
+        given = [song.codes[:n] for song, n in zip(songs, lengths)]
+        *_, state = sample_states(model, layout, prompt, FREE, seeds, 24, 24, given)
+        for song, again, n in zip(songs, said(state, layout, 24), lengths):
+            np.testing.assert_array_equal(again.codes, song.codes)
+            assert again.logprob == 0 if n == 24 else song.logprob < again.logprob < 0 or n == 0
+    other = [np.full((n, config.codebooks), n % V, np.int32) for n in (3, 7, 5, 9)]
+    *_, state = sample_states(model, layout, prompt, FREE, seeds, 24, 0, other)
+    for song, codes in zip(said(state, layout, 24), other):
+        np.testing.assert_array_equal(song.codes[: len(codes)], codes)
+        assert len(song.codes) >= len(codes)
+
+
+@each_model
+def test_each_song_has_its_limits(config: ModelConfig):
+    """Limits of one song change no other, and three songs are padded to four."""
+    layout, prompt, model = make_layout(config), make_prompt(3), make_model(config, 1.5)
+    plain = sample_codes(model, layout, prompt, FREE, [8, 9, 11], 30)
+    *_, state = sample_states(model, layout, prompt, FREE, [8, 9, 11], [30, 4, 30], [0, 0, 29])
+    songs = said(state, layout, [30, 4, 30])
+    assert len(songs) == 3 and len(songs[1].codes) <= 4 and len(songs[2].codes) >= 29
+    np.testing.assert_array_equal(songs[0].codes, plain[0].codes)
+    shared = min(len(songs[1].codes), len(plain[1].codes))
+    np.testing.assert_array_equal(songs[1].codes[:shared], plain[1].codes[:shared])
+    assert songs[1].ended == (len(songs[1].codes) < 4)
+
+
+@each_model
+def test_what_is_said_midway_is_how_the_song_begins(monkeypatch, config: ModelConfig):
+    """Of any state, also after the loop has gone on; nothing is taken back."""
+    monkeypatch.setattr(sample, "FIRST", 4)
+    layout, prompt, frames = make_layout(config), make_prompt(4), [config.frames, 30, 7, 20]
+    states = list(sample_states(make_model(config, 1.5), layout, prompt, FREE, [8, 9, 11, 10], frames))
+    last = said(states[-1], layout, frames)
+    assert len(states) > 2 and len(said(states[0], layout, frames)[0].codes) in (0, 4 - (config.layout == "delay") * 2)
+    for state in states:
+        for song, whole in zip(said(state, layout, frames), last):
+            np.testing.assert_array_equal(song.codes, whole.codes[: len(song.codes)])
+            assert whole.ended if song.ended else True
+            complete = int(layout.target_frames(state.position)[-1])
+            assert len(song.codes) == max(min(complete, len(whole.codes)), 0)
+
+
+@each_model
+def test_repetition_control_looks_back_over_its_window(config: ModelConfig):
+    """Greedy with a crushing penalty says no code of a codebook twice in a window, and without it does."""
+    prompt = make_prompt(2)
+    rule = dataclasses.replace(GREEDY, repetition_penalty=1e30, repetition_window=V // 2)
+
+    def repeats(rule: SampleConfig) -> int:
+        count = 0
+        for song in run(config, prompt, rule, [0, 0], 30, least=30)[0]:
+            for t, k in np.ndindex(30, config.codebooks):
+                count += song.codes[t, k] in song.codes[max(t - V // 2, 0) : t, k]
+        return count
+
+    print(f"repeated codes: {repeats(GREEDY)} without, {repeats(rule)} with the penalty")
+    assert repeats(rule) == 0 < repeats(GREEDY)
+
+
+def test_the_cache_grows_in_steps():
+    """It has room for what is said, is never larger than the window needs, and few sizes serve all songs."""
+    layout = make_layout(ModelConfig())
+    sizes = [cache_size(n, layout) for n in range(1, layout.positions + 1)]
+    assert all(size >= n for n, size in enumerate(sizes, 1)) and max(sizes) == layout.positions
+    assert len(set(sizes)) <= 14 and sizes[0] == 512 and sizes[15_999] <= 16_384
+    assert {cache_size(n, make_layout(FLATTEN)) for n in range(1, 65)} == {64}
+
+
+@pytest.mark.parametrize(
+    "given, wrong", [((13, 0), "13 frames are given and the song may get 12"), ((3, V), f"to {V};")]
+)
+def test_what_cannot_be_given(given, wrong):
+    length, code = given
+    codes = [np.full((length, 2), code, np.int32)]
+    with pytest.raises(UserError, match=wrong):
+        next(sample_states(make_model(FLATTEN), make_layout(FLATTEN), make_prompt(1), FREE, [0], 12, 0, codes))
 
 
 @pytest.mark.parametrize("frames", [0, -1, 32])

@@ -13,7 +13,7 @@ from test_codec import SMALL_CONFIG, SMALL_WEIGHTS, SOUND, check, relative, save
 from l2m_jax.codec import decode, encode, encode_scaled
 from l2m_jax.config import UserError
 from l2m_jax.encodec import PUBLISHED, Encodec, EncodecConfig
-from l2m_jax.published import fingerprint
+from l2m_jax.published import fingerprint, resolve
 from l2m_jax.seanet import Lstm, Span
 from l2m_jax.weights import load_codec
 
@@ -95,7 +95,7 @@ def test_damaged_checkpoints_are_errors(tmp_path, monkeypatch):
         load_codec(str(folder))
     with pytest.raises(UserError, match="codebooks is 3; codec solfege has 1 to 2"):
         load_codec(codebooks=3)
-    with pytest.raises(UserError, match="solfegge: no such folder"):
+    with pytest.raises(UserError, match="solfegge: no such model; possible are solfege .*folder.*[.]th.*hub id"):
         load_codec("solfegge")
 
 
@@ -107,9 +107,39 @@ def test_without_a_network_the_error_says_what_to_do(monkeypatch, tmp_path):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(
-        UserError, match=r"facebook/encodec_24khz: cannot be downloaded \(no route to host\); .* folder"
+        UserError, match=r"facebook/encodec_24khz: .*cannot be downloaded \(no route to host\); .* folder"
     ):
         load_codec("facebook/encodec_24khz")
+
+
+def test_a_file_of_metas_is_found_by_itself_or_by_its_folder(tmp_path):
+    other = tmp_path / "encodec_24khz-0badcafe.th"
+    other.write_bytes(b"nothing")
+    for name in (other, tmp_path):
+        assert resolve(str(name)) == ("encodec_24khz", other)
+        with pytest.raises(UserError, match=r"0badcafe\.th: cannot be read as a checkpoint of torch"):
+            load_codec(str(name))
+    (tmp_path / "encodec_48khz-1.th").touch()  # which of the two?
+    assert resolve(str(tmp_path)) == (tmp_path.name, tmp_path)
+    with pytest.raises(UserError, match="none/x.th: no such model"):
+        resolve("none/x.th")
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("num_filters", "many"), ("num_filters", 0), ("upsampling_ratios", []), ("upsampling_ratios", [8, "5"]),
+    ("target_bandwidths", [-1.5]), ("sampling_rate", -1), ("chunk_length_s", "1"), ("kernel_size", {}),
+])  # fmt: skip
+def test_settings_that_are_no_numbers_are_named(key, value):
+    with pytest.raises(UserError, match=f"config.json: {key} is .*numbers above 0 are needed"):
+        EncodecConfig.parse({key: value}, "config.json")
+
+
+@pytest.mark.parametrize("overlap", [None, 0, 0.005, 0.02, 0.5])
+def test_other_overlaps_are_refused(overlap):
+    settings = {"sampling_rate": 48_000, "chunk_length_s": 1.0, "overlap": overlap}
+    with pytest.raises(UserError, match=f"config.json: overlap is {overlap} of 1.0 s"):
+        EncodecConfig.parse(settings, "config.json")
+    assert EncodecConfig.parse(settings | {"overlap": 0.01}, "config.json").segment_stride == 47_520
 
 
 def test_published_configuration_has_the_published_size():

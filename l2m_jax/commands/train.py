@@ -29,10 +29,12 @@ class Train:
 
     def run(self) -> int:
         """Does it; returns the exit status."""
+        from l2m_jax.compiled import keep_compiled
         from l2m_jax.data import Dataset
         from l2m_jax.train import train
         from l2m_jax.weights import load_codec
 
+        keep_compiled()
         config = Config(self.model, self.train, self.mesh)
         dataset = Dataset(self.data)
         valid = None if self.valid is None else Dataset(self.valid)
