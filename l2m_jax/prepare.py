@@ -120,7 +120,7 @@ def prepare_songs(folders: Sequence[Path], shop: Workshop) -> list[Outcome]:
             unknown = unknown_warning(shop.encoder, split_pieces(shop.encoder, parsed), f"{name}/lyrics.txt")
             new = not _is_done(path, source, shop.made_with)
             if new:
-                sounds.append(read_audio(song.audio, shop.codec.rate))
+                sounds.append(read_audio(song.audio, shop.codec.rate, shop.codec.channels))
                 songs.append(song)
             outcomes.append(Outcome(name, source, new, warnings=(*parsed.warnings, *unknown)))
         except UserError as error:
