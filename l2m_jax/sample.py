@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from l2m_jax.attention import to_pages
 from l2m_jax.config import SampleConfig, UserError
@@ -111,6 +111,19 @@ def _segment(
     return jax.lax.while_loop(unfinished, step, (state, cache))
 
 
+@functools.partial(jax.jit, static_argnames=("songs", "layout"))
+def _first(given: Int[Array, "B T J"], position: Int[Array, ""], songs: int, layout: Layout) -> SampleState:
+    """The state at `position`, before which every song's targets are given."""
+    targets = jnp.where(given < 0, layout.pad, given)
+    return SampleState(
+        position=position,
+        heard=jnp.where(position == 0, layout.bos, targets[:, jnp.maximum(position - 1, 0)]),
+        said=targets,
+        end=jnp.where(jnp.arange(len(given)) < songs, layout.frames + 1, 0),  # what pads the batch has ended
+        logprob=jnp.zeros(len(given)),
+    )
+
+
 @functools.partial(jax.jit, static_argnames=("layout", "size"))
 def _prefill(model: SoundTransformer, context: Context, layout: Layout, size: int) -> Cache:
     """The cache of `size` positions with their inputs given, in one forward pass; those not given are written later."""
@@ -130,20 +143,24 @@ def _context(
     rule: Rule,
     rows: Prompt,
     kinds: Bool[Array, "R kinds"],
-    keys: Key[Array, " B"],
-    given: Int[Array, "B T J"],
+    seeds: UInt32[Array, " B"],
+    known: Int[Array, " B"],
+    targets: Int[Array, "B T J"],
     least: Int[Array, " B"],
     most: Int[Array, " B"],
     layout: Layout,
 ) -> Context:
-    """What stays the same. A draw's luck hangs on its song's key and its position alone."""
+    """What stays the same; `known` frames of the targets are given. A draw's luck hangs on seed and position."""
     memory = model.memory(rows, kinds)
     lyrics = [layer.cross_attention.keys_values(memory.states) for layer in model.layers]
 
-    def fortune(key: Array, position: Array) -> Array:
-        return jax.random.uniform(jax.random.fold_in(key, position), (layout.streams,))
+    def fortune(seed: Array, position: Array) -> Array:
+        return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), position), (layout.streams,))
 
-    luck = jax.vmap(jax.vmap(fortune, (None, 0)), (0, None))(keys, jnp.arange(layout.positions))
+    positions = jnp.arange(layout.positions)
+    luck = jax.vmap(jax.vmap(fortune, (None, 0)), (0, None))(seeds, positions)
+    frames = jax.vmap(layout.target_frames)(positions)
+    given = jnp.where(frames < known[:, None, None], targets, -1)
     return Context(lyrics, memory, rule, luck, given, least, most)
 
 
@@ -195,16 +212,9 @@ def sample_states(
     if position:
         cache = _prefill(model, context, layout, size)
     else:
-        empty = jnp.zeros((rows * size // page, page, context.lyrics[0].keys.shape[-1]), model.dtype)
-        cache = [Pages(empty.copy(), empty.copy()) for _ in model.layers]
-    targets = jnp.where(context.given < 0, layout.pad, context.given)
-    state = SampleState(
-        position=jnp.array(position),
-        heard=targets[:, position - 1] if position else jnp.full_like(targets[:, 0], layout.bos),
-        said=targets,
-        end=jnp.where(jnp.arange(len(targets)) < songs, layout.frames + 1, 0),  # what pads the batch has ended
-        logprob=jnp.zeros(len(targets)),
-    )
+        shape = (rows * size // page, page, context.lyrics[0].keys.shape[-1])
+        cache = [Pages(jnp.zeros(shape, model.dtype), jnp.zeros(shape, model.dtype)) for _ in model.layers]
+    state = _first(context.given, np.int32(position), songs, layout)
     window = min(rule.repetition_window * layout.codebooks // layout.streams, layout.positions)
     window = window if context.rule.repetition is not None else 0
     begun, stretch = position, FIRST * layout.codebooks // layout.streams
@@ -212,7 +222,7 @@ def sample_states(
         stop = min(position + stretch, layout.length(max(most)))
         stretch = min(max(stretch, stop - begun), LONGEST * layout.codebooks // layout.streams)
         grow(cache, rows * cache_size(stop, layout) // page)
-        state, cache = _segment(model, context, state, cache, jnp.array(stop), layout, window)
+        state, cache = _segment(model, context, state, cache, np.int32(stop), layout, window)
         yield SampleState(state.position, *(x[:songs] for x in state[1:]))
         if int(state.position) < stop:  # every song has ended
             return
@@ -246,16 +256,16 @@ def _start(
     def pad(values: np.ndarray) -> np.ndarray:
         return np.concatenate([values, np.repeat(values[:1], batch - len(values), axis=0)])
 
-    frame = np.asarray(jax.vmap(layout.target_frames)(jnp.arange(layout.positions)))
-    targets = [np.where(frame < len(codes), layout.encode(codes).targets, -1) for codes in given]
+    known = np.array([len(codes) for codes in given] + [0] * (batch - len(given)))
     return _context(
         model,
         make_rule(config),
         jax.tree.map(lambda x: np.repeat(pad(np.asarray(x)), len(kinds), axis=0), prompt),
         np.tile(kinds, (batch, 1)),
-        jnp.stack([jax.random.key(seed) for seed in pad(np.array(seeds, np.uint32))]),
-        pad(np.stack(targets)),
-        pad(np.minimum(np.maximum(least, [len(codes) for codes in given]), most)),
+        pad(np.array(seeds, np.uint32)),
+        known,
+        pad(np.stack([layout.encode(codes).targets for codes in given])),
+        pad(np.minimum(np.maximum(least, known[: len(given)]), most)),
         pad(np.array(most)),
         layout,
     )

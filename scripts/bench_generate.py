@@ -86,7 +86,7 @@ class Loop:
         none = np.zeros((0, self.layout.codebooks), np.int32)
         most = self.layout.frames
         self.context = sample._start(self.model, self.layout, prompt, RULE, [0], [most], [most], [none])
-        self.at = at * self.layout.streams // self.layout.codebooks
+        self.at = at // self.layout.streams
         heads, page = SMALL.heads, sample.cache_size(1, self.layout)
         pages = heads * sample.cache_size(self.at + 1, self.layout) // page
         empty = jnp.zeros((pages, page, SMALL.head_width))
@@ -110,7 +110,7 @@ class Loop:
             self.model, self.context, state, self.cache, jnp.array(self.at + steps), self.layout, 0
         )
         jax.block_until_ready(state.position)
-        return steps * self.layout.codebooks / self.layout.streams / (time.perf_counter() - began)
+        return steps * self.layout.streams / (time.perf_counter() - began)
 
     def bytes_a_step(self) -> int:
         """What a step has to read: weights, lyric keys and values, and the cache up to its position."""
