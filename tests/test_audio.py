@@ -127,3 +127,14 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("a.wav", b"old")]
     with pytest.raises(UserError, match="cannot be written .File exists"):
         write_atomic(tmp_path / "a.wav" / "b.wav", b"")
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_two_channels_are_the_first_two(tmp_path, channels):
+    sound = np.stack([np.full(2_400, 0.1 * (side + 1), np.float32) for side in range(channels)], axis=1)
+    soundfile.write(tmp_path / "a.wav", sound, 24_000, "FLOAT")
+    stereo = read_audio(tmp_path / "a.wav", 24_000, channels=2)
+    np.testing.assert_array_equal(stereo, sound[:, [0, min(1, channels - 1)]])
+    np.testing.assert_allclose(read_audio(tmp_path / "a.wav", 24_000), sound.mean(axis=1), rtol=1e-6)
+    write_wav(tmp_path / "b.wav", stereo, 24_000)
+    assert np.abs(read_audio(tmp_path / "b.wav", 24_000, channels=2) - stereo).max() < 2**-15
