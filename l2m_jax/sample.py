@@ -292,9 +292,6 @@ def said(state: SampleState, layout: Layout, frames: int | Sequence[int]) -> lis
     ]
 
 
-finished = said  # the songs of the last state
-
-
 def sample_codes(
     model: SoundTransformer, layout: Layout, prompt: Prompt, rule: SampleConfig, seeds: Sequence[int], frames: int
 ) -> list[Song]:

@@ -111,7 +111,8 @@ def load(run: str | Path, step: int | None = None, codec: str = "", text_encoder
     loaded = load_codec(encoders.codec, encoders.codebooks), encoders.load_text_encoder()
     if apart := made.differences(signature(encoders, *loaded)):
         raise UserError(f"{run} was trained with another origin of codes or states ({'; '.join(apart)})")
-    return Singer(Path(run), step, info, model, make_layout(info.config.model), *loaded)
+    # The loop wants the layers apart; made so once, their weights are in memory once.
+    return Singer(Path(run), step, info, model.unstacked(), make_layout(info.config.model), *loaded)
 
 
 def make_prompt(singer: Singer, lyrics: str, genre: str) -> tuple[Prompt, list[str]]:

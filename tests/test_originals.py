@@ -12,10 +12,10 @@ from l2m_jax.codec import encode
 from l2m_jax.config import UserError
 from l2m_jax.data import Dataset
 from l2m_jax.encoders import Encoders
-from l2m_jax.generate import load_singer, make_prompt
 from l2m_jax.lyrics import encode_genre, encode_text, parse_lyrics, split_pieces
 from l2m_jax.originals import load_torch_codec, load_torch_text_encoder
 from l2m_jax.prepare import prepare
+from l2m_jax.singer import load, make_prompt
 from l2m_jax.train import train
 from l2m_jax.weights import load_codec, load_text_encoder
 
@@ -148,7 +148,7 @@ def test_a_run_finds_its_text_encoder_again(tmp_path, songs):
     prepare(songs, tmp_path / "data", encoders)
     config = dataclasses.replace(SUNG, model=dataclasses.replace(SUNG.model, text_width=32, memory=20))
     assert train(config, Dataset(tmp_path / "data"), tmp_path / "run", load_codec())
-    singer = load_singer(tmp_path / "run")
+    singer = load(tmp_path / "run")
     prompt, warnings = make_prompt(singer, "la sol", "techno")
     assert prompt.states.shape == (1, 20, 32) and not warnings
     (warning,) = make_prompt(singer, "夢夢夢", "techno")[1]
