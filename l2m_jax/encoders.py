@@ -49,7 +49,7 @@ def signature(encoders: Encoders, codec: Codec | TorchCodec, encoder: TextEncode
     """What records made by these carry."""
 
     def place(name: str) -> str:
-        return str(Path(name).resolve()) if Path(name).is_dir() else name
+        return str(Path(name).resolve()) if Path(name).exists() else name
 
     return MadeWith(
         version=VERSION,
@@ -70,7 +70,7 @@ def together(codec: Codec | TorchCodec) -> int:
     return BATCH if isinstance(codec, Codec) and jax.default_backend() != "cpu" else 1
 
 
-def encode_sounds(codec: Codec | TorchCodec, sounds: list[Float[np.ndarray, " _"]]) -> list[Int[np.ndarray, "_ K"]]:
+def encode_sounds(codec: Codec | TorchCodec, sounds: list[Float[np.ndarray, "_ ..."]]) -> list[Int[np.ndarray, "_ K"]]:
     """Codes of each sound, float32 at the codec's rate."""
     if isinstance(codec, TorchCodec):
         return [codec.encode(samples) for samples in sounds]

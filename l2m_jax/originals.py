@@ -35,6 +35,8 @@ class TorchCodec:
     bandwidth: float
     """kbit/s: the lowest that has that many codebooks."""
     module: Any
+    channels: int = 1
+    """Mono: others are refused."""
 
     def encode(self, samples: Float[np.ndarray, " T"]) -> Int[np.ndarray, "F K"]:
         """Codes, int32, of a mono signal at the codec's rate, in one piece."""

@@ -110,7 +110,7 @@ def prepare_songs(folders: Sequence[Path], shop: Workshop) -> list[Outcome]:
     """
     outcomes: list[Outcome] = []
     songs: list[Song] = []
-    sounds: list[Float[np.ndarray, " _"]] = []
+    sounds: list[Float[np.ndarray, "_ ..."]] = []
     for folder in folders:
         name, path = song_id(folder), shop.records / f"{folder.name}.npz"
         try:
