@@ -191,6 +191,22 @@ def first_codebooks(latents: Float[Array, "P D"], books: int, entries: int, key:
     return Codebooks(jnp.stack(counts), jnp.stack(totals))
 
 
+def finished(state: CodecState, module: Encodec) -> Encodec:
+    """The codec of a state, in the place of `module`'s parameters: its latents scaled to RMS 1.
+
+    Their scale is free, and in training it grows beyond what float16 holds.
+    """
+    entries = state.codebooks.entries
+    scale = jnp.sqrt(jnp.mean(jnp.sum(entries**2, axis=0)))
+    module.encoder, module.decoder = state.encoder, state.decoder
+    last, first = module.encoder.layers[-1], module.decoder.layers[0]
+    last.kernel[...] /= scale
+    last.bias[...] /= scale
+    first.kernel[...] *= scale
+    module.codebooks[...] = entries / scale
+    return module
+
+
 def _perplexity(count: Float[Array, " V"]) -> Float[Array, ""]:
     """exp(entropy): as many entries, evenly used, would say as much."""
     share = count / count.sum()

@@ -27,7 +27,7 @@ from flax import nnx
 from rich.console import Console
 
 from l2m_jax.checkpoint import open_checkpoints, restore, saving
-from l2m_jax.codec_training import CodecState, Weights, first_codebooks, quantize, run, start, train_step
+from l2m_jax.codec_training import CodecState, Weights, finished, first_codebooks, quantize, run, start, train_step
 from l2m_jax.config import UserError
 from l2m_jax.encodec import Encodec, EncodecConfig
 from l2m_jax.log import Log
@@ -120,9 +120,7 @@ def main(
             if (index + 1) % (4 * checkpoint_every) == 0:
                 log.audio(index, _listen(state, settings, bound), config.sampling_rate)
         log.close()
-    module.encoder, module.decoder = state.encoder, state.decoder
-    module.codebooks = nnx.Param(state.codebooks.entries)
-    save_codec(out / "codec", module, config)
+    save_codec(out / "codec", finished(state, module), config)
     say(console, f"the codec is in {out / 'codec'}; how good it is: l2m codec song.wav --codec {out / 'codec'}")
 
 

@@ -17,9 +17,11 @@ from l2m_jax.codec_training import (
     DECAY,
     Codebooks,
     Weights,
+    finished,
     first_codebooks,
     k_means,
     quantize,
+    run,
     spectral_loss,
     start,
     train_step,
@@ -70,6 +72,25 @@ def test_codebooks_are_moving_averages_and_dead_entries_are_revived():
     assert 3 not in code
     revived = np.asarray(after.entries[0, 3])
     assert np.abs(np.asarray(latents) - revived).max(1).min() < 1e-5  # it stands on a latent now
+
+
+def test_a_finished_codec_has_latents_of_its_own_scale():
+    """Codes and sound stay what they were; without it, latents a million times as large do not fit float16."""
+    module = Encodec(CONFIG, 2, nnx.Rngs(0))
+    last, first = module.encoder.layers[-1], module.decoder.layers[0]
+    last.kernel[...] *= 1e6
+    first.kernel[...] *= 1e-6
+    state = start(module, optax.adam(1e-3))
+    latents = run(state.encoder, jnp.asarray(make_clip(0, 0, 0.16, "fm"))[None, :, None])
+    state = state._replace(codebooks=first_codebooks(latents[0], 2, 4, jax.random.key(0)))
+    codes = quantize(latents[0], state.codebooks, jax.random.key(0))[0]
+    heard = run(state.decoder, codes[None])
+    codec = finished(state, Encodec(CONFIG, 2, nnx.Rngs(1)))
+    assert jnp.abs(codec.codebooks[...]).max() < 10
+    again = run(codec.encoder, jnp.asarray(make_clip(0, 0, 0.16, "fm"))[None, :, None])
+    found = codec.quantize(again)
+    entries = jnp.sum(codec.codebooks[...][jnp.arange(2), found], axis=-2)
+    np.testing.assert_allclose(run(codec.decoder, entries), heard, atol=1e-4 * float(jnp.abs(heard).max()))
 
 
 def test_spectral_loss_hears_what_is_missing():
