@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from jax import Array
 from jaxtyping import Float, Key
 
@@ -78,7 +79,8 @@ def spectral_loss(x: Float[Array, "B T"], y: Float[Array, "B T"]) -> Float[Array
         filters = mel_filters(size, bands)
         (p, a), (q, b) = _spectra(x, size, filters), _spectra(y, size, filters)
         loss += jnp.mean(jnp.abs(jnp.log(p + FLOOR) - jnp.log(q + FLOOR)))
-        loss += jnp.mean(jnp.sqrt(jnp.sum((a - b) ** 2, (1, 2)) / (jnp.sum(a**2, (1, 2)) + 1e-3)))
+        # Of all clips together: relative to a silent clip any sound is infinite.
+        loss += jnp.sqrt(jnp.sum((a - b) ** 2) / (jnp.sum(a**2) + 1e-3) + 1e-12)  # the root of 0 has no slope
     return loss / len(WINDOWS)
 
 
@@ -149,7 +151,7 @@ def train_step(
     (loss, (codebooks, parts)), gradient = jax.value_and_grad(loss_of, has_aux=True)(nets)
     updates, moments = optimizer.update(gradient, state.moments, nets)
     encoder, decoder = jax.tree.map(lambda x, update: x + update, nets, updates)
-    metrics = {"loss": loss, "grad_norm": optax.global_norm(gradient), **parts}
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradient), **parts}
     return CodecState(encoder, decoder, codebooks, moments), metrics
 
 
@@ -198,12 +200,12 @@ def finished(state: CodecState, module: Encodec) -> Encodec:
     """
     entries = state.codebooks.entries
     scale = jnp.sqrt(jnp.mean(jnp.sum(entries**2, axis=0)))
-    module.encoder, module.decoder = state.encoder, state.decoder
-    last, first = module.encoder.layers[-1], module.decoder.layers[0]
-    last.kernel[...] /= scale
-    last.bias[...] /= scale
-    first.kernel[...] *= scale
-    module.codebooks[...] = entries / scale
+    module.encoder, module.decoder = jax.tree.map(lambda x: x, (state.encoder, state.decoder))  # a copy
+    last: Any = module.encoder.layers[-1]
+    first: Any = module.decoder.layers[0]
+    last.kernel, last.bias = nnx.Param(last.kernel[...] / scale), nnx.Param(last.bias[...] / scale)
+    first.kernel = nnx.Param(first.kernel[...] * scale)
+    module.codebooks = nnx.Param(entries / scale)
     return module
 
 

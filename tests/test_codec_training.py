@@ -95,7 +95,9 @@ def test_a_finished_codec_has_latents_of_its_own_scale():
 
 def test_spectral_loss_hears_what_is_missing():
     sound = jnp.asarray(np.stack([make_clip(0, i, 0.3, "voice") for i in range(2)]))
-    assert spectral_loss(sound, sound) == 0
+    assert spectral_loss(sound, sound) < 1e-5
+    silence = jnp.zeros((1, 7200))
+    assert jnp.isfinite(jax.grad(spectral_loss, argnums=1)(silence, silence)).all()
     assert 0 < spectral_loss(sound, sound * 0.9) < spectral_loss(sound, sound * 0.5) < spectral_loss(sound, sound * 0)
 
 
@@ -103,7 +105,7 @@ def test_spectral_loss_hears_what_is_missing():
 def test_steps_learn(quantized):
     optimizer = optax.adam(3e-3)
     state = start(Encodec(CONFIG, 2, nnx.Rngs(0)), optimizer)
-    sound = jnp.asarray(np.stack([make_clip(0, i, 0.16, "fm") for i in range(2)]))
+    sound = jnp.asarray(np.stack([make_clip(0, i, 0.16, "drums") for i in range(2)]))
     weights = Weights(1.0, 0.1)
     step = jax.jit(functools.partial(train_step, optimizer=optimizer), static_argnames="quantized")
     losses, encoder = [], jax.tree.leaves(state.encoder)
