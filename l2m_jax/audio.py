@@ -115,6 +115,8 @@ def _open(path: str | Path) -> soundfile.SoundFile:
         return soundfile.SoundFile(path)
     except soundfile.SoundFileError as error:
         reason = str(error).split(": ", 1)[-1]
+        if "does not exist" in reason:  # what libsndfile says of a file that is there and is no sound
+            reason = "its bytes are of another kind"
         raise UserError(f"{path}: cannot be read as mp3, flac, ogg or wav ({reason})") from error
 
 
