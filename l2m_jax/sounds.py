@@ -113,7 +113,7 @@ def _string(rng: np.random.Generator, hz: float, size: int) -> Sound:
 def _modulated(rng: np.random.Generator, hz: float, size: int) -> Sound:
     """FM: bells, brass and electric pianos, as ratio and index have it. Whole ratios keep the pitch at `hz`."""
     time = np.arange(size) / RATE
-    ratio, index = rng.integers(1, 5), rng.uniform(0.3, 4)
+    ratio, index = rng.integers(1, 4), rng.uniform(0.3, 2.5)
     strength = index * np.exp(-time / rng.uniform(0.1, 2)) if rng.random() < 0.7 else index
     phase = 2 * np.pi * hz * time
     return np.sin(phase + strength * np.sin(ratio * phase + rng.uniform(0, 6))) * _envelope(rng, size, attack=0.03)
@@ -198,16 +198,16 @@ def _mixture(rng: np.random.Generator, size: int) -> Sound:
 
 KINDS: dict[str, Callable[[np.random.Generator, int], Sound]] = {
     "solfege": _solfege,
-    "voice": _melody(_voice, 80, 900),
-    "string": _melody(_string, 60, 900),
-    "fm": _melody(_modulated, 60, 900),
-    "analogue": _melody(_analogue, 50, 900),
+    "voice": _melody(_voice, 80, 700),
+    "string": _melody(_string, 80, 660),
+    "fm": _melody(_modulated, 80, 660),
+    "analogue": _melody(_analogue, 65, 660),
     "chords": _chords,
     "drums": _drums,
     "noise": _noise,
     "mixture": _mixture,
 }
-SHARES = (0.36, 0.16, 0.09, 0.06, 0.06, 0.07, 0.05, 0.03, 0.12)
+SHARES = (0.30, 0.20, 0.14, 0.12, 0.08, 0.05, 0.04, 0.02, 0.05)
 """How often each kind is drawn: the voice of the project first."""
 
 

@@ -1,6 +1,6 @@
 """Trains the codec that ships with the package, from nothing: an EnCodec of 16 filters, 24 kHz, 1.5 kbit/s.
 
-    python scripts/train_codec.py OUT [--steps 10000] [--filters 16] ...
+    python scripts/train_codec.py OUT [--steps 30000] [--filters 16] ...
 
 Stop it at any time: the same command goes on at the last checkpoint, to the bit. The sound is made as it goes
 (`l2m_jax.sounds`: a pure function of seed and step). OUT gets settings.json, metrics.jsonl, TensorBoard events with
@@ -44,16 +44,18 @@ FREE, BOUND, POLISH = Weights(1.0, 0.1), Weights(1.0, 0.4), Weights(0.5, 1.0)
 class Settings:
     """What a run is made of; another value is another run."""
 
-    steps: int = 10_000
+    steps: int = 30_000
     """All steps, those without quantizer included."""
     free_steps: int = 1500
     """Steps of the autoencoder without quantizer, before k-means."""
-    polish_from: int = 5250
+    polish_from: int = 20_000
     """From this step on the spectrum counts for more."""
     batch: int = 4
     frames: int = 50
     """Length of a clip; 75 frames are a second."""
     filters: int = 16
+    lstm_layers: int = 1
+    """0 is stored as one layer of zeros: it saves no room, only time."""
     lr: float = 8e-4
     bound_lr: float = 5e-4
     """Highest learning rates before and after quantization; both warm up and fall as cosines."""
@@ -69,9 +71,7 @@ def main(
 ) -> None:
     """Trains, or goes on training, the codec in OUT."""
     console = Console()
-    config = EncodecConfig(
-        num_filters=settings.filters, num_lstm_layers=0, target_bandwidths=(1.5,), num_residual_layers=1
-    )
+    config = EncodecConfig(num_filters=settings.filters, num_lstm_layers=settings.lstm_layers, target_bandwidths=(1.5,))
     out.mkdir(parents=True, exist_ok=True)
     stored = out / "settings.json"
     wanted = dataclasses.asdict(settings)

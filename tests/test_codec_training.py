@@ -31,6 +31,7 @@ from l2m_jax.encodec import Encodec, EncodecConfig
 from l2m_jax.sounds import make_clip
 from l2m_jax.weights import load_codec
 
+run, spectral_loss = jax.jit(run), jax.jit(spectral_loss)  # op by op they take seconds
 CONFIG = EncodecConfig(num_filters=2, hidden_size=8, num_lstm_layers=0, codebook_size=16, target_bandwidths=(0.6,))
 
 
@@ -129,6 +130,6 @@ def test_the_script_goes_on_to_the_bit(tmp_path):
     assert whole == parts
     assert len((tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()) == 6
     codec = load_codec(str(tmp_path / "parts" / "codec"))
-    assert (codec.codebooks, codec.entries, codec.config.num_lstm_layers) == (2, 1024, 0)
+    assert (codec.codebooks, codec.entries, codec.config.num_lstm_layers) == (2, 1024, 1)
     with pytest.raises(UserError, match="parts holds a run with other settings"):
         script["main"](tmp_path / "parts", script["Settings"](steps=7, free_steps=2))
