@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +21,10 @@ def save_codec(folder: Path, module: Encodec, config: EncodecConfig) -> None:
     """Writes config.json and model.safetensors (float16) as `transformers.EncodecModel` names them.
 
     An LSTM that is not there is stored as one layer of zeros, which on its residual is exactly none: the published
-    layout knows no model without.
+    layout knows no model without. ValueError for a codec with group norms, whose gains this does not write.
     """
+    if config.norm_type != "weight_norm":
+        raise ValueError(f"norm_type is {config.norm_type}; only weight_norm is written")
     layers = max(config.num_lstm_layers, 1)
     tensors = dict(_chain("encoder", module.encoder)) | dict(_chain("decoder", module.decoder))
     for k, entries in enumerate(np.asarray(module.codebooks[...])):
@@ -35,17 +38,9 @@ def save_codec(folder: Path, module: Encodec, config: EncodecConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     stored = {name: np.ascontiguousarray(array, np.float16) for name, array in tensors.items()}
     write_atomic(folder / "model.safetensors", save(stored, metadata={"format": "pt"}))
-    published = {
-        "architectures": ["EncodecModel"], "model_type": "encodec", "audio_channels": 1, "chunk_length_s": None,
-        "codebook_dim": config.hidden_size, "codebook_size": config.codebook_size, "compress": config.compress,
-        "dilation_growth_rate": config.dilation_growth_rate, "hidden_size": config.hidden_size,
-        "kernel_size": config.kernel_size, "last_kernel_size": config.last_kernel_size, "norm_type": "weight_norm",
-        "normalize": False, "num_filters": config.num_filters, "num_lstm_layers": layers,
-        "num_residual_layers": config.num_residual_layers, "overlap": None, "pad_mode": "reflect",
-        "residual_kernel_size": config.residual_kernel_size, "sampling_rate": config.sampling_rate,
-        "target_bandwidths": list(config.target_bandwidths), "trim_right_ratio": 1.0,
-        "upsampling_ratios": list(config.upsampling_ratios), "use_causal_conv": True,
-        "use_conv_shortcut": config.use_conv_shortcut,
+    published = dataclasses.asdict(config) | {
+        "architectures": ["EncodecModel"], "model_type": "encodec", "codebook_dim": config.hidden_size,
+        "num_lstm_layers": layers, "pad_mode": "reflect", "trim_right_ratio": 1.0,
     }  # fmt: skip
     write_atomic(folder / "config.json", (json.dumps(published, indent=2) + "\n").encode())
 

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import json
 import queue
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -173,4 +174,7 @@ def _listen(state: CodecState, settings: Settings, quantized: bool) -> np.ndarra
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    try:
+        tyro.cli(main)
+    except UserError as error:
+        sys.exit(f"train_codec: {error}")

@@ -1,5 +1,6 @@
 """A codec that is written loads again, here and in transformers."""
 
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -36,6 +37,13 @@ def test_what_is_saved_loads(tmp_path, layers):
     heard = [m.decoder(x, Span(jnp.array(4), first.started), first.layers)[0] for m in (module, codec.module)]
     np.testing.assert_allclose(heard[1], heard[0], atol=3e-3 * float(jnp.abs(heard[0]).max()))
     assert json.loads((tmp_path / "config.json").read_text())["num_lstm_layers"] == max(layers, 1)
+
+
+def test_group_norms_are_refused(tmp_path):
+    module, config = make(0)
+    with pytest.raises(ValueError, match="only weight_norm"):
+        save_codec(tmp_path, module, dataclasses.replace(config, norm_type="time_group_norm"))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.torch
