@@ -11,20 +11,23 @@ from __future__ import annotations
 
 import copy
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from l2m_jax.attention import attend, cached_attention, causal_attention, write_page
+from l2m_jax.attention import attention, cached_attention, platform, write_page
+from l2m_jax.blockwise import KEPT
 from l2m_jax.config import ModelConfig
 from l2m_jax.lyrics import SECTIONS
 from l2m_jax.tokens import AnyArray, Place, make_layout
 
 GENRE, LYRIC = 0, 1
 KINDS = 2
+STRIP = 1024  # positions
+Remat = Literal["none", "attention", "layer"]
 
 
 class Prompt(NamedTuple):
@@ -46,8 +49,8 @@ class Memory(NamedTuple):
 class KeysValues(NamedTuple):
     """Keys and values, heads before positions."""
 
-    keys: Float[Array, "B N C H"]
-    values: Float[Array, "B N C H"]
+    keys: Float[Array, "B K C H"]
+    values: Float[Array, "B K C H"]
 
 
 class Pages(NamedTuple):
@@ -62,21 +65,21 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, *, rngs: nnx.Rngs):
         plain, gained = _xavier(1.0), _xavier(config.initial_gain)
-        self.heads = config.heads
+        self.head_width, keys = config.head_width, config.key_width
         self.query = _linear(config.width, config.width, plain, dtype, rngs)
-        self.key = _linear(config.width, config.width, plain, dtype, rngs)
-        self.value = _linear(config.width, config.width, gained, dtype, rngs)
+        self.key = _linear(config.width, keys, plain, dtype, rngs)
+        self.value = _linear(config.width, keys, gained, dtype, rngs)
         self.out = _linear(config.width, config.width, gained, dtype, rngs)
 
     def _split(self, x: Array) -> Array:
-        return x.reshape(*x.shape[:2], self.heads, -1).swapaxes(1, 2)
+        return x.reshape(*x.shape[:2], -1, self.head_width).swapaxes(1, 2)
 
     def queries(self, x: Float[Array, "B T D"]) -> Float[Array, "B N T H"]:
         """Queries of each head."""
         return self._split(self.query(x))
 
     def keys_values(self, x: Float[Array, "B T D"]) -> KeysValues:
-        """Keys and values of each head."""
+        """Keys and values of each key head."""
         return KeysValues(self._split(self.key(x)), self._split(self.value(x)))
 
     def merge(self, heads: Float[Array, "B N T H"]) -> Float[Array, "B T D"]:
@@ -98,14 +101,29 @@ class Layer(nnx.Module):
         self.norm2 = nnx.LayerNorm(config.width, dtype=dtype, rngs=rngs)
         self.norm3 = nnx.LayerNorm(config.width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], memory: Memory) -> Float[Array, "B T D"]:
-        """The whole sequence at once (training)."""
-        return self.prefill(x, memory)[0]
+    def __call__(self, x: Float[Array, "B T D"], memory: Memory, strip: int = 0) -> Float[Array, "B T D"]:
+        """The whole sequence at once (training); what follows self-attention by `strip` positions, if that is not 0.
+
+        The backward pass computes each strip anew: what is D or 4 D wide never stands whole.
+        """
+        attended = attention(self.self_attention.queries(x), *self.self_attention.keys_values(x))
+        lyrics = self.cross_attention.keys_values(memory.states)
+        if not strip or x.shape[1] % strip:
+            return self._rest(x, attended, lyrics, memory.seen)
+
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def rest(x: Array, attended: Array) -> Array:
+            return self._rest(x, attended, lyrics, memory.seen)
+
+        x = jnp.moveaxis(x.reshape(len(x), -1, strip, x.shape[2]), 1, 0)
+        attended = jnp.moveaxis(attended.reshape(*attended.shape[:2], -1, strip, attended.shape[3]), 2, 0)
+        x = jax.lax.map(lambda part: rest(*part), (x, attended))
+        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, x.shape[3])
 
     def prefill(self, x: Float[Array, "B T D"], memory: Memory) -> tuple[Float[Array, "B T D"], KeysValues]:
         """The whole sequence at once, with its keys and values for the steps that follow."""
         kept = self.self_attention.keys_values(x)
-        attended = causal_attention(self.self_attention.queries(x), *kept)
+        attended = attention(self.self_attention.queries(x), *kept)
         return self._rest(x, attended, self.cross_attention.keys_values(memory.states), memory.seen), kept
 
     def step(
@@ -119,12 +137,12 @@ class Layer(nnx.Module):
         """Position `at`: its keys and values are written into the cache, which is returned."""
         new = self.self_attention.keys_values(x)
         cache = Pages(write_page(cache.keys, new.keys, at), write_page(cache.values, new.values, at))
-        attended = cached_attention(self.self_attention.queries(x), *cache, at)
+        attended = cached_attention(self.self_attention.queries(x), *cache, new.keys.shape[0] * new.keys.shape[1], at)
         return self._rest(x, attended, memory, seen), cache
 
     def _rest(self, x: Array, attended: Array, memory: KeysValues, seen: Array) -> Array:
         x = self.norm1(self.scale * x + self.self_attention.merge(attended))
-        attended = attend(self.cross_attention.queries(x), *memory, seen[:, None, None])
+        attended = attention(self.cross_attention.queries(x), *memory, seen)
         x = self.norm2(self.scale * x + self.cross_attention.merge(attended))
         return self.norm3(self.scale * x + self.down(jax.nn.gelu(self.up(x))))
 
@@ -171,18 +189,25 @@ class SoundTransformer(nnx.Module):
         return x.astype(self.dtype)
 
     def hidden(
-        self, ids: Int[Array, "B T J"], place: Place, memory: Memory, remat: bool = False
+        self, ids: Int[Array, "B T J"], place: Place, memory: Memory, remat: Remat = "none"
     ) -> Float[Array, "B T D"]:
-        """States of every position, the whole sequence at once; `remat` recomputes each layer in the backward pass."""
+        """States of every position, the whole sequence at once; `remat` is what the backward pass computes anew."""
+
+        # On many devices a strip would have each gather the weights, and a device's share of a song is short already.
+        alone = jax.sharding.get_abstract_mesh().empty or jax.sharding.get_abstract_mesh().size == 1
+        strip = STRIP if alone and remat != "none" else 0
 
         def apply(x: Array, layer: Layer) -> tuple[Array, None]:
-            return layer(x, memory), None
+            return layer(x, memory, strip), None
 
-        return jax.lax.scan(jax.checkpoint(apply) if remat else apply, self.embed(ids, place), self.layers)[0]
+        if remat != "none":  # in a scan nothing of the forward pass can be mistaken for it: CSE need not be prevented
+            keep = jax.checkpoint_policies.save_only_these_names(*([KEPT] if remat == "attention" else []))
+            apply = jax.checkpoint(apply, policy=keep, prevent_cse=False)
+        return jax.lax.scan(apply, self.embed(ids, place), self.layers)[0]
 
-    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T J W"]:
+    def logits(self, hidden: Float[Array, "*T D"]) -> Float[Array, "*T J W"]:
         """Float32 logits of every stream; ids that pad the space are -inf."""
-        logits = self.head(hidden).astype(jnp.float32).reshape(*hidden.shape[:2], self.streams, self.id_space)
+        logits = self.head(hidden).astype(jnp.float32).reshape(*hidden.shape[:-1], self.streams, self.id_space)
         return jnp.where(jnp.arange(self.id_space) <= self.last_id, logits, -jnp.inf)
 
     def unstacked(self) -> SoundTransformer:
@@ -209,7 +234,7 @@ def _slices(layers: Layer, depth: int) -> list[Layer]:
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
     """What products are computed in: float32 on CPU, bfloat16 on accelerators, unless the config says."""
-    auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    auto = "float32" if platform() == "cpu" else "bfloat16"
     return jnp.dtype(auto if config.dtype == "auto" else config.dtype)
 
 
