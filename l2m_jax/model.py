@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from l2m_jax.attention import attend, cached_attention, causal_attention, write_page
 from l2m_jax.config import ModelConfig
 from l2m_jax.lyrics import SECTIONS
+from l2m_jax.sharding import SONGS, gathered, spread
 from l2m_jax.tokens import AnyArray, Place, make_layout
 
 GENRE, LYRIC = 0, 1
@@ -176,9 +177,10 @@ class SoundTransformer(nnx.Module):
         """States of every position, the whole sequence at once; `remat` recomputes each layer in the backward pass."""
 
         def apply(x: Array, layer: Layer) -> tuple[Array, None]:
-            return layer(x, memory), None
+            return spread(gathered(layer)(x, memory), SONGS, "context"), None
 
-        return jax.lax.scan(jax.checkpoint(apply) if remat else apply, self.embed(ids, place), self.layers)[0]
+        x = spread(self.embed(ids, place), SONGS, "context")
+        return jax.lax.scan(jax.checkpoint(apply) if remat else apply, x, self.layers)[0]
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T J W"]:
         """Float32 logits of every stream; ids that pad the space are -inf."""

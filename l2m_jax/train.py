@@ -31,7 +31,7 @@ from l2m_jax.model import KINDS, Prompt, SoundTransformer
 from l2m_jax.optim import optimizer, schedule
 from l2m_jax.progress import say
 from l2m_jax.sample import sample_codes
-from l2m_jax.sharding import batch_sharding, check_divides, make_mesh, position_sharding, state_shardings
+from l2m_jax.sharding import batch_sharding, check_divides, gathered, make_mesh, position_sharding, state_shardings
 from l2m_jax.stop import StopSignal
 from l2m_jax.tokens import AnyArray, Layout, make_layout
 
@@ -66,6 +66,7 @@ def losses(
 ) -> Totals:
     """Cross-entropy of the next code over the whole id space, PAD ignored, `chunk` positions' logits at a time."""
     ids, targets = jnp.asarray(batch.ids), jnp.asarray(batch.targets)
+    model = gathered(model)
     memory = model.memory(Prompt(batch.states, batch.kind, batch.section, batch.position), keep)
     hidden = model.hidden(ids, layout.place(jnp.arange(ids.shape[1])), memory, remat)
     size = math.gcd(chunk, ids.shape[1])
