@@ -1,13 +1,10 @@
 """Attention of every platform against the formula, forwards and backwards; a cache in pages; grouped heads."""
 
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas.ops.tpu import splash_attention as splash
-from jax.sharding import AxisType
 
 from l2m_jax import attention as module
 from l2m_jax.attention import attend, attention, cached_attention, to_pages, write_page
