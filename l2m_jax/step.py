@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from l2m_jax.config import Config, TrainConfig
 from l2m_jax.data import Example
-from l2m_jax.model import KINDS, Prompt, SoundTransformer
+from l2m_jax.model import KINDS, Prompt, Remat, SoundTransformer
 from l2m_jax.optim import optimizer
 from l2m_jax.sharding import batch_sharding, check_divides, gathered, position_sharding, state_shardings
 from l2m_jax.tokens import AnyArray, Layout, make_layout
@@ -50,17 +50,21 @@ def keep_conditions(
 
 
 def losses(
-    model: SoundTransformer, batch: Example, keep: Bool[Array, "B kinds"], layout: Layout, chunk: int, remat: bool
+    model: SoundTransformer, batch: Example, keep: Bool[Array, "B kinds"], layout: Layout, chunk: int, remat: Remat
 ) -> Totals:
-    """Cross-entropy of the next code over the whole id space, PAD ignored, `chunk` positions' logits at a time."""
+    """Cross-entropy of the next code over the whole id space, PAD ignored, `chunk` positions' logits at a time.
+
+    Where positions are split over devices, each goes through its own: no chunk reaches over the edge of a shard.
+    """
     ids, targets = jnp.asarray(batch.ids), jnp.asarray(batch.targets)
     model = gathered(model)
     memory = model.memory(Prompt(batch.states, batch.kind, batch.section, batch.position), keep)
     hidden = model.hidden(ids, layout.place(jnp.arange(ids.shape[1])), memory, remat)
-    size = math.gcd(chunk, ids.shape[1])
+    shards = jax.sharding.get_abstract_mesh().shape.get("context", 1)
+    size = math.gcd(chunk, ids.shape[1] // shards)
 
     def split(x: Array) -> Array:
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+        return jnp.moveaxis(x.reshape(x.shape[0], shards, -1, size, *x.shape[2:]), 2, 0)
 
     @jax.checkpoint
     def add(totals: Totals, part: tuple[Array, Array]) -> tuple[Totals, None]:
@@ -68,7 +72,7 @@ def losses(
         counts = targets != layout.pad
         nats = optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden), targets)
         nats = jnp.where(counts, nats, 0.0)
-        return Totals(totals.nats + nats.sum((0, 1)), totals.codes + counts.sum((0, 1))), None
+        return Totals(totals.nats + nats.sum((0, 1, 2)), totals.codes + counts.sum((0, 1, 2))), None
 
     zero = Totals(jnp.zeros(layout.streams), jnp.zeros(layout.streams, jnp.int32))
     return jax.lax.scan(add, zero, (split(hidden), split(targets)))[0]
@@ -133,7 +137,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     """
     layout = make_layout(config.model)
     micro = config.train.batch // config.train.accumulate
-    check_divides(mesh, micro, config.model.heads, config.model.width, layout.positions)
+    check_divides(mesh, micro, config.model.heads, config.model.width, layout.positions, config.model.key_heads)
 
     def init() -> TrainState:
         model: Any = SoundTransformer(config.model, rngs=nnx.Rngs(config.train.seed))
@@ -141,7 +145,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
 
     def held_out(model: SoundTransformer, batch: Example) -> Totals:
         keep = jnp.ones((len(batch.ids), KINDS), bool)
-        return losses(model, batch, keep, layout, config.train.chunk, remat=False)
+        return losses(model, batch, keep, layout, config.train.chunk, remat="none")
 
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(init)
