@@ -36,7 +36,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"norm\d/(scale|bias)$", P(None)),
 )
 
-# What devices may exchange along each axis: kind of collective -> what. Vectors and scalars may be summed along any.
+# What devices may exchange along each axis: kind of collective -> what. Vectors may be summed along any.
 # parameters: of one layer, or of what stands outside of the layers, whole or a part; their gradients as well.
 # activations: of a device's songs and positions, D wide. keys: keys and values of its songs and heads; their gradients.
 PLAN: dict[str, dict[str, tuple[str, ...]]] = {

@@ -7,6 +7,7 @@ alone writes the run folder, but for the checkpoints, and talks.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import signal
@@ -25,7 +26,7 @@ from rich.console import Console
 from l2m_jax.audio import write_atomic, write_wav
 from l2m_jax.checkpoint import RunInfo, differences, open_checkpoints, prepare_run, restore, saving
 from l2m_jax.codec import Codec, decode
-from l2m_jax.config import Config, SampleConfig, UserError, from_json, to_json
+from l2m_jax.config import Config, MeshConfig, SampleConfig, UserError, from_json, to_json
 from l2m_jax.data import Dataset, Example, batches, make_example
 from l2m_jax.hosts import Agreement, decide, lead, meet, place, rows_here, together
 from l2m_jax.log import Log, Silence
@@ -222,16 +223,19 @@ def _sample(
     codec: Codec,
 ) -> None:
     """The first song's prompt, sung at this step: RUN/samples/step.wav and TensorBoard. Process 0 sings alone."""
+    mesh: Any = contextlib.nullcontext()
     if jax.process_count() > 1:
         model = multihost_utils.process_allgather(model, tiled=True)
         if not lead():
             return
-        model = jax.device_put(model, jax.local_devices()[0])
+        mine = jax.local_devices()[:1]
+        model, mesh = jax.device_put(model, mine[0]), jax.set_mesh(make_mesh(MeshConfig(data=1), mine))
     example = make_example(dataset[0], layout, config.model.memory)
     prompt = Prompt(*(np.asarray(x)[None] for x in example[2:]))
     frames = min(round(config.train.sample_seconds * codec.frame_rate), layout.frames)
-    song = sample_codes(model, layout, prompt, SampleConfig(), [config.train.seed], max(frames, 1))[0]
-    samples = decode(codec, song.codes)
+    with mesh:
+        song = sample_codes(model, layout, prompt, SampleConfig(), [config.train.seed], max(frames, 1))[0]
+        samples = decode(codec, song.codes)
     if samples.size:
         (run / "samples").mkdir(exist_ok=True)
         write_wav(run / "samples" / f"{step:07d}.wav", samples, codec.rate)

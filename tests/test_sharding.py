@@ -163,6 +163,7 @@ def outside_plan(found: list[Collective], config: Config, mesh: dict[str, int]) 
         for axes in (("tensor",), ("tensor", "fsdp")):
             part = (n // mesh[a] if a in axes else n for n, a in zip(whole, spec))
             kinds["parameters"].add(sizes(tuple(part)))
+    kinds["parameters"].add(sizes((here, model.width)))  # gradients of the embeddings of places
     for length in (here, memory, chunk):
         kinds["activations"].add(sizes((songs, length, model.width)))
         kinds["activations"].add(sizes((songs, length)))
@@ -175,8 +176,8 @@ def outside_plan(found: list[Collective], config: Config, mesh: dict[str, int]) 
     for c in found:
         axes = c.axes(mesh)
         planned = [any(sizes(c.shape) in kinds[k] for k in PLAN[axis].get(c.kind, ())) for axis in axes]
-        summed = c.kind == "all-reduce" and len(sizes(c.shape)) <= 1
-        if not summed and not all(planned):
+        small = len(sizes(c.shape)) <= (c.kind == "all-reduce")
+        if not small and not all(planned):
             wrong.append(f"{c.kind} of {c.shape} along {' and '.join(axes)} in {c.source}")
     return wrong
 
