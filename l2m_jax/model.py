@@ -22,6 +22,7 @@ from l2m_jax.attention import attention, cached_attention, platform, write_page
 from l2m_jax.blockwise import KEPT
 from l2m_jax.config import ModelConfig
 from l2m_jax.lyrics import SECTIONS
+from l2m_jax.sharding import SONGS, gathered, spread
 from l2m_jax.tokens import AnyArray, Place, make_layout
 
 GENRE, LYRIC = 0, 1
@@ -184,9 +185,10 @@ class SoundTransformer(nnx.Module):
     def embed(self, ids: Int[Array, "B T J"], place: Place) -> Float[Array, "B T D"]:
         """Token, codebook and position embeddings, added."""
         rows = ids + self.id_space * jnp.arange(self.streams)
-        x = self.token_embedding[rows].sum(-2)
-        x = x + self.codebook_embedding[place.codebook] + self.position_embedding[place.frame]
-        return x.astype(self.dtype)
+        of_places = (
+            self.codebook_embedding[place.codebook] + self.position_embedding[place.frame]
+        )  # one sum of gradients
+        return (self.token_embedding[rows].sum(-2) + of_places).astype(self.dtype)
 
     def hidden(
         self, ids: Int[Array, "B T J"], place: Place, memory: Memory, remat: Remat = "none"
@@ -198,12 +200,12 @@ class SoundTransformer(nnx.Module):
         strip = STRIP if alone and remat != "none" else 0
 
         def apply(x: Array, layer: Layer) -> tuple[Array, None]:
-            return layer(x, memory, strip), None
+            return spread(gathered(layer)(x, memory, strip), SONGS, "context"), None
 
         if remat != "none":  # in a scan nothing of the forward pass can be mistaken for it: CSE need not be prevented
             keep = jax.checkpoint_policies.save_only_these_names(*([KEPT] if remat == "attention" else []))
             apply = jax.checkpoint(apply, policy=keep, prevent_cse=False)
-        return jax.lax.scan(apply, self.embed(ids, place), self.layers)[0]
+        return jax.lax.scan(apply, spread(self.embed(ids, place), SONGS, "context"), self.layers)[0]
 
     def logits(self, hidden: Float[Array, "*T D"]) -> Float[Array, "*T J W"]:
         """Float32 logits of every stream; ids that pad the space are -inf."""

@@ -1,4 +1,4 @@
-"""Where every parameter and every batch lives: one table, outside of the model. After `model`, before `optim`.
+"""Where every parameter, batch and activation lives: one table. After `data`, before `attention`.
 
 Axes: `data` copies the model, `fsdp` splits parameters and songs, `tensor` splits heads and columns, `context` splits
 the positions of a song. `jax.jit` with these shardings does the rest.
@@ -13,11 +13,13 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
 
 from l2m_jax.config import MeshConfig, UserError
 
 AXES = ("data", "fsdp", "tensor", "context")
 P = PartitionSpec
+SONGS = ("data", "fsdp")  # songs are split over both: fsdp is data parallelism whose parameters are split too
 
 # Path of a parameter (a suffix of it, as the optimizer's moments carry the same names) -> axes of its last dimensions.
 # Stacked layers have one more dimension in front, which is never split.
@@ -33,6 +35,16 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"head/bias$", P("tensor")),
     (r"norm\d/(scale|bias)$", P(None)),
 )
+
+# What devices may exchange along each axis: kind of collective -> what. Vectors may be summed along any.
+# parameters: of one layer, or of what stands outside of the layers, whole or a part; their gradients as well.
+# activations: of a device's songs and positions, D wide. keys: keys and values of its songs and heads; their gradients.
+PLAN: dict[str, dict[str, tuple[str, ...]]] = {
+    "data": {"all-reduce": ("parameters",)},
+    "fsdp": {"all-gather": ("parameters",), "all-reduce": ("parameters",), "reduce-scatter": ("parameters",)},
+    "tensor": {"all-reduce": ("activations",)},
+    "context": {"all-gather": ("keys",), "all-reduce": ("keys", "parameters"), "reduce-scatter": ("keys",)},
+}
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -60,26 +72,51 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     Scalars are on every device; any other leaf must match a rule, or ValueError names it.
     """
 
-    def of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        if not leaf.shape:
-            return NamedSharding(mesh, P())
-        name = path_name(path)
-        for pattern, spec in RULES:
-            if re.search(pattern, name):
-                return NamedSharding(mesh, P(*(None,) * (len(leaf.shape) - len(spec)), *spec))
-        raise ValueError(f"no sharding rule matches {name} {leaf.shape}: add one to l2m_jax/sharding.py RULES")
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: NamedSharding(mesh, _spec(path, leaf)), state)
 
-    return jax.tree_util.tree_map_with_path(of, state)
+
+def _spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
+    if not leaf.shape:
+        return P()
+    name = path_name(path)
+    for pattern, spec in RULES:
+        if re.search(pattern, name):
+            return P(*(None,) * (len(leaf.shape) - len(spec)), *spec)
+    raise ValueError(f"no sharding rule matches {name} {leaf.shape}: add one to l2m_jax/sharding.py RULES")
+
+
+def spread(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
+    """`x` with its first dimensions split over these axes of the current mesh (`jax.set_mesh`) and the rest whole.
+
+    Where no mesh is set it stays as it is. Left to itself, XLA splits activations as the parameters are split: it
+    then sums partial products of whole batches instead of gathering a layer's parameters.
+    """
+    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, P(*axes))
+
+
+def gathered(parameters: Any) -> Any:
+    """The parameters of a layer, or of a model but for its stacked layers, put together from all of `fsdp`.
+
+    Inside of the step: a layer's are gathered when it runs, their gradients scattered when it has run backwards.
+    """
+
+    def whole(path: tuple[Any, ...], leaf: Array) -> Array:
+        spec = _spec(path, leaf)
+        if "fsdp" not in spec or path_name(path).startswith("layers/"):
+            return leaf
+        return spread(leaf, *(None if axis == "fsdp" else axis for axis in spec))
+
+    return jax.tree_util.tree_map_with_path(whole, parameters)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Songs over `data` and `fsdp`; what follows the first dimension is whole until `context` splits it in the step."""
-    return NamedSharding(mesh, P(("data", "fsdp")))
+    return NamedSharding(mesh, P(SONGS))
 
 
 def position_sharding(mesh: Mesh) -> NamedSharding:
     """[B, T, ...]: songs over `data` and `fsdp`, positions over `context`."""
-    return NamedSharding(mesh, P(("data", "fsdp"), "context"))
+    return NamedSharding(mesh, P(SONGS, "context"))
 
 
 def check_divides(mesh: Mesh, songs: int, heads: int, width: int, positions: int, key_heads: int = 0) -> None:
