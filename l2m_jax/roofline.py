@@ -1,0 +1,154 @@
+"""What a step costs by formula, and how fast a chip could be at best. After `train`, before `plan`.
+
+A roofline (Williams et al., 2009): a step takes at least its FLOPs over the chip's peak, at least its bytes over the
+memory's bandwidth, at least what it sends over the links'. The largest of the three is the bound; real steps are slower.
+
+FLOPs of a song, forward, with T positions, M rows of memory, S of them from the prompt (M = S + 2), width D, L layers:
+
+    2 T x (weights of the products)                 weights of cross-attention's keys and values see M rows, `project` S
+    + L 2 T^2 D                                     self-attention: scores and sums, of which causality leaves half
+    + L 4 T M D                                     cross-attention
+
+Backward is twice forward: 6 N T for N weights, plus attention (Kaplan et al., 2020; Chowdhery et al., 2022).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from l2m_jax.chips import Chip
+from l2m_jax.config import Config, ModelConfig
+from l2m_jax.model import KINDS
+from l2m_jax.sharding import path_name
+from l2m_jax.tokens import make_layout
+
+STATE = 12  # bytes a parameter: itself and Adam's two moments, float32
+UPDATE = 28  # bytes a parameter that AdamW moves: reads it, its gradient and its moments, writes it and these back
+COMPUTE = 2  # bytes of bfloat16
+
+
+class Product(NamedTuple):
+    """The products of all layers with one kernel, for one song."""
+
+    rows: int
+    inputs: int
+    outputs: int
+    layers: int
+    head: bool  # of the logits, which are recomputed in the backward pass whatever `remat` is
+
+    @property
+    def flops(self) -> float:
+        """Forward."""
+        return 2.0 * self.rows * self.weights
+
+    @property
+    def weights(self) -> int:
+        """How many."""
+        return self.inputs * self.outputs * self.layers
+
+
+class Work(NamedTuple):
+    """A step by formula."""
+
+    model: float  # FLOPs of its mathematics, on all chips
+    executed: float  # FLOPs of a chip (the busiest one), with what is computed twice
+    traffic: float  # bytes between a chip and its memory, at least: each product reads its operands, writes its result
+    sent: float  # bytes that a chip sends
+
+
+class Roofline(NamedTuple):
+    """Seconds that a step takes at least."""
+
+    compute: float
+    memory: float
+    interconnect: float
+
+    @property
+    def seconds(self) -> float:
+        """The largest."""
+        return max(self)
+
+    @property
+    def bound(self) -> str:
+        """Which that is."""
+        return self._fields[self.index(self.seconds)]
+
+
+def products(model: Any, config: ModelConfig) -> list[Product]:
+    """Every product with a kernel of the model (arrays or their shapes)."""
+    positions = make_layout(config).positions
+    found = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model):
+        name = path_name(path)
+        if name.endswith("kernel"):
+            prompt = "cross_attention/key" in name or "cross_attention/value" in name
+            rows = config.memory + KINDS if prompt else config.memory if name == "project/kernel" else positions
+            inputs, outputs = leaf.shape[-2:]
+            found.append(Product(rows, inputs, outputs, math.prod(leaf.shape[:-2]), name == "head/kernel"))
+    return found
+
+
+def attention(config: ModelConfig) -> tuple[float, float]:
+    """FLOPs of one of the two products of self-attention (causal half) and of cross-attention, all layers, one song."""
+    positions = make_layout(config).positions
+    own = config.layers * positions**2 * config.width
+    return float(own), 2.0 * config.layers * positions * (config.memory + KINDS) * config.width
+
+
+def step_work(model: Any, config: Config, mesh: Mapping[str, int]) -> Work:
+    """One train step over a mesh of these sizes (`mesh.shape`)."""
+    songs, micro = config.train.batch, config.train.batch // config.train.accumulate
+    data, fsdp, tensor, context = (mesh[axis] for axis in ("data", "fsdp", "tensor", "context"))
+    chips = data * fsdp * tensor * context
+    again = int(bool(config.train.remat))  # passes that compute once more what was forgotten
+    layout = make_layout(config.model)
+    all_products, (own, cross) = products(model, config.model), attention(config.model)
+    forward = sum(p.flops for p in all_products) + 2 * own + 2 * cross
+
+    computed = sum(p.flops * (3 + (1 if p.head else again)) for p in all_products)
+    computed += cross * (2 * (1 + again) + 4)
+    # Flash attention's backward pass makes seven products (two kernels, each of which computes the scores anew); of
+    # contiguous parts of the positions the last one sees the most keys.
+    busiest = computed + own * (2 * (1 + again) + 7) * (2 - 1 / context)
+
+    passes = 3 + again
+    local = songs / (data * fsdp)  # songs of a chip, which it may share with others along tensor and context
+    parameters = sum(x.size for x in jax.tree.leaves(model))
+    traffic = UPDATE * parameters / (fsdp * tensor)
+    for p in all_products:
+        traffic += passes * COMPUTE * p.weights / tensor * config.train.accumulate
+        traffic += passes * COMPUTE * p.layers * p.rows * (p.inputs + p.outputs) * local / (tensor * context)
+
+    weights = sum(p.weights for p in all_products)
+    edge = COMPUTE * config.model.layers * layout.positions * config.model.width * local / context  # one array a layer
+    sent = config.train.accumulate * (fsdp - 1) / fsdp * COMPUTE * weights / tensor * (2 + again)
+    sent += config.train.accumulate * (fsdp - 1) / fsdp * 4 * weights / tensor
+    sent += 2 * (data - 1) / data * 4 * parameters / (fsdp * tensor)
+    sent += 2 * (tensor - 1) / tensor * 3 * edge * (2 + again)  # three sums a layer, forward and backward
+    sent += (context - 1) / context * 2 * edge * context * (2 + again)  # keys and values
+    assert micro
+    return Work(3 * songs * forward, songs * busiest / chips, traffic, sent)
+
+
+def decode_work(model: Any, config: ModelConfig, rows: int, cache: int) -> Work:
+    """One step of the decode loop: a position of each of the rows (songs x variants of guidance), `cache` positions."""
+    kernels = [p for p in products(model, config) if p.rows == make_layout(config).positions]
+    flops = rows * (
+        sum(2.0 * p.weights for p in kernels) + 4.0 * config.layers * config.width * (cache + config.memory)
+    )
+    keys = next(p.outputs for p in products(model, config) if p.rows == config.memory + KINDS)  # width of a row's keys
+    kept = 2 * config.layers * keys * (cache + config.memory + KINDS) * rows
+    return Work(flops, flops, COMPUTE * (sum(p.weights for p in kernels) + kept), 0.0)
+
+
+def roofline(work: Work, chip: Chip, exchange: float | None = None) -> Roofline:
+    """The bounds of the work; `exchange` are the seconds of the collectives where they are known better."""
+    return Roofline(
+        work.executed / chip.flops,
+        work.traffic / chip.bandwidth,
+        work.sent / chip.link if exchange is None else exchange,
+    )
