@@ -1,7 +1,7 @@
 """What a step costs by formula, and how fast a chip could be at best. After `train`, before `plan`.
 
 A roofline (Williams et al., 2009): a step takes at least its FLOPs over the chip's peak, at least its bytes over the
-memory's bandwidth, at least what it sends over the links'. The largest of the three is the bound; real steps are slower.
+memory's bandwidth, at least what it sends over the links'. The largest of the three is the bound; no step is quicker.
 
 FLOPs of a song, forward, with T positions, M rows of memory, S of them from the prompt (M = S + 2), width D, L layers:
 
@@ -14,13 +14,17 @@ Backward is twice forward: 6 N T for N weights, plus attention (Kaplan et al., 2
 
 from __future__ import annotations
 
+import collections
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
 
-from l2m_jax.chips import Chip
+from l2m_jax.chips import Chip, Topology
+from l2m_jax.collectives import Collective
 from l2m_jax.config import Config, ModelConfig
 from l2m_jax.model import KINDS
 from l2m_jax.sharding import path_name
@@ -58,6 +62,17 @@ class Work(NamedTuple):
     executed: float  # FLOPs of a chip (the busiest one), with what is computed twice
     traffic: float  # bytes between a chip and its memory, at least: each product reads its operands, writes its result
     sent: float  # bytes that a chip sends
+
+
+class Traffic(NamedTuple):
+    """The collectives of one kind along the same axes, in one step."""
+
+    kind: str
+    axes: tuple[str, ...]
+    times: int
+    bytes: int  # of the whole arrays
+    sent: float  # bytes that a chip sends
+    seconds: float | None  # that they take at least; None where the chip's links are not known
 
 
 class Roofline(NamedTuple):
@@ -101,7 +116,7 @@ def attention(config: ModelConfig) -> tuple[float, float]:
 
 def step_work(model: Any, config: Config, mesh: Mapping[str, int]) -> Work:
     """One train step over a mesh of these sizes (`mesh.shape`)."""
-    songs, micro = config.train.batch, config.train.batch // config.train.accumulate
+    songs = config.train.batch
     data, fsdp, tensor, context = (mesh[axis] for axis in ("data", "fsdp", "tensor", "context"))
     chips = data * fsdp * tensor * context
     again = int(bool(config.train.remat))  # passes that compute once more what was forgotten
@@ -130,19 +145,18 @@ def step_work(model: Any, config: Config, mesh: Mapping[str, int]) -> Work:
     sent += 2 * (data - 1) / data * 4 * parameters / (fsdp * tensor)
     sent += 2 * (tensor - 1) / tensor * 3 * edge * (2 + again)  # three sums a layer, forward and backward
     sent += (context - 1) / context * 2 * edge * context * (2 + again)  # keys and values
-    assert micro
     return Work(3 * songs * forward, songs * busiest / chips, traffic, sent)
 
 
-def decode_work(model: Any, config: ModelConfig, rows: int, cache: int) -> Work:
-    """One step of the decode loop: a position of each of the rows (songs x variants of guidance), `cache` positions."""
+def decode_work(model: Any, config: ModelConfig, rows: int, cache: int, chips: int) -> Work:
+    """One step of the decode loop of each chip: a position of each row (song x variant of guidance), `cache` before."""
     kernels = [p for p in products(model, config) if p.rows == make_layout(config).positions]
     flops = rows * (
         sum(2.0 * p.weights for p in kernels) + 4.0 * config.layers * config.width * (cache + config.memory)
     )
     keys = next(p.outputs for p in products(model, config) if p.rows == config.memory + KINDS)  # width of a row's keys
     kept = 2 * config.layers * keys * (cache + config.memory + KINDS) * rows
-    return Work(flops, flops, COMPUTE * (sum(p.weights for p in kernels) + kept), 0.0)
+    return Work(flops * chips, flops, COMPUTE * (sum(p.weights for p in kernels) + kept), 0.0)
 
 
 def roofline(work: Work, chip: Chip, exchange: float | None = None) -> Roofline:
@@ -152,3 +166,40 @@ def roofline(work: Work, chip: Chip, exchange: float | None = None) -> Roofline:
         work.traffic / chip.bandwidth,
         work.sent / chip.link if exchange is None else exchange,
     )
+
+
+def sum_up(found: list[Collective], topology: Topology, mesh: Mesh) -> list[Traffic]:
+    """The collectives by kind and axes, those that send most first."""
+    together: dict[tuple, list[Collective]] = collections.defaultdict(list)
+    for c in found:
+        together[c.kind, c.axes(mesh.shape)].append(c)
+    traffic = [
+        Traffic(
+            kind,
+            axes,
+            sum(c.times for c in group),
+            sum(c.bytes * c.times for c in group),
+            sum(c.sent * c.times for c in group),
+            sum(c.sent * c.times / rate(c, topology, mesh) for c in group) if topology.chip else None,
+        )
+        for (kind, axes), group in together.items()
+    ]
+    return sorted(traffic, key=lambda t: -t.sent)
+
+
+def rate(collective: Collective, topology: Topology, mesh: Mesh) -> float:
+    """Bytes/s at which a chip can send its part of a collective, all links of its group in use.
+
+    Along each axis of the torus in which the group extends: one link of a line, two of a ring; chips of other groups
+    that stand between those of this one share the links.
+    """
+    assert topology.chip is not None
+    places = np.array([mesh.devices.flat[i].coords for i in collective.groups[0]])
+    total = 0.0
+    for axis in range(topology.chip.dimensions):
+        along = np.unique(places[:, axis])
+        if len(along) > 1:
+            shared = (along[-1] - along[0]) / (len(along) - 1)
+            ring = topology.closes(axis) and len(along) * shared == topology.shape[axis]
+            total += topology.chip.link * (2 if ring else 1) / shared
+    return total
