@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from l2m_jax.attention import attend, cached_attention, causal_attention, write_page
+from l2m_jax.attention import attention, cached_attention, platform, write_page
 from l2m_jax.config import ModelConfig
 from l2m_jax.lyrics import SECTIONS
 from l2m_jax.sharding import SONGS, gathered, spread
@@ -47,8 +47,8 @@ class Memory(NamedTuple):
 class KeysValues(NamedTuple):
     """Keys and values, heads before positions."""
 
-    keys: Float[Array, "B N C H"]
-    values: Float[Array, "B N C H"]
+    keys: Float[Array, "B K C H"]
+    values: Float[Array, "B K C H"]
 
 
 class Pages(NamedTuple):
@@ -63,21 +63,21 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, *, rngs: nnx.Rngs):
         plain, gained = _xavier(1.0), _xavier(config.initial_gain)
-        self.heads = config.heads
+        self.head_width, keys = config.head_width, config.key_width
         self.query = _linear(config.width, config.width, plain, dtype, rngs)
-        self.key = _linear(config.width, config.width, plain, dtype, rngs)
-        self.value = _linear(config.width, config.width, gained, dtype, rngs)
+        self.key = _linear(config.width, keys, plain, dtype, rngs)
+        self.value = _linear(config.width, keys, gained, dtype, rngs)
         self.out = _linear(config.width, config.width, gained, dtype, rngs)
 
     def _split(self, x: Array) -> Array:
-        return x.reshape(*x.shape[:2], self.heads, -1).swapaxes(1, 2)
+        return x.reshape(*x.shape[:2], -1, self.head_width).swapaxes(1, 2)
 
     def queries(self, x: Float[Array, "B T D"]) -> Float[Array, "B N T H"]:
         """Queries of each head."""
         return self._split(self.query(x))
 
     def keys_values(self, x: Float[Array, "B T D"]) -> KeysValues:
-        """Keys and values of each head."""
+        """Keys and values of each key head."""
         return KeysValues(self._split(self.key(x)), self._split(self.value(x)))
 
     def merge(self, heads: Float[Array, "B N T H"]) -> Float[Array, "B T D"]:
@@ -106,7 +106,7 @@ class Layer(nnx.Module):
     def prefill(self, x: Float[Array, "B T D"], memory: Memory) -> tuple[Float[Array, "B T D"], KeysValues]:
         """The whole sequence at once, with its keys and values for the steps that follow."""
         kept = self.self_attention.keys_values(x)
-        attended = causal_attention(self.self_attention.queries(x), *kept)
+        attended = attention(self.self_attention.queries(x), *kept)
         return self._rest(x, attended, self.cross_attention.keys_values(memory.states), memory.seen), kept
 
     def step(
@@ -120,12 +120,12 @@ class Layer(nnx.Module):
         """Position `at`: its keys and values are written into the cache, which is returned."""
         new = self.self_attention.keys_values(x)
         cache = Pages(write_page(cache.keys, new.keys, at), write_page(cache.values, new.values, at))
-        attended = cached_attention(self.self_attention.queries(x), *cache, at)
+        attended = cached_attention(self.self_attention.queries(x), *cache, new.keys.shape[0] * new.keys.shape[1], at)
         return self._rest(x, attended, memory, seen), cache
 
     def _rest(self, x: Array, attended: Array, memory: KeysValues, seen: Array) -> Array:
         x = self.norm1(self.scale * x + self.self_attention.merge(attended))
-        attended = attend(self.cross_attention.queries(x), *memory, seen[:, None, None])
+        attended = attention(self.cross_attention.queries(x), *memory, seen)
         x = self.norm2(self.scale * x + self.cross_attention.merge(attended))
         return self.norm3(self.scale * x + self.down(jax.nn.gelu(self.up(x))))
 
@@ -211,7 +211,7 @@ def _slices(layers: Layer, depth: int) -> list[Layer]:
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
     """What products are computed in: float32 on CPU, bfloat16 on accelerators, unless the config says."""
-    auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    auto = "float32" if platform() == "cpu" else "bfloat16"
     return jnp.dtype(auto if config.dtype == "auto" else config.dtype)
 
 
