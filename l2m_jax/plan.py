@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from l2m_jax import sample
 from l2m_jax.chips import Topology
@@ -123,8 +123,9 @@ def decode_plan(config: Config, topology: Topology, songs: int, rule: SampleConf
     The work is that of a step in the middle of the song, which is the mean.
     """
     config = for_chips(config, topology)
-    layout, chip = make_layout(config.model), SingleDeviceSharding(topology.devices[0])
-    frames = layout.frames
+    layout, frames = make_layout(config.model), make_layout(config.model).frames
+    one = make_mesh(MeshConfig(data=1), topology.devices[:1])
+    chip = NamedSharding(one, PartitionSpec())
     model = jax.eval_shape(lambda: SoundTransformer(config.model, rngs=nnx.Rngs(0)).unstacked())
     empty = np.zeros((songs, config.model.memory), np.int32)
     prompt = Prompt(np.zeros((*empty.shape, config.model.text_width), np.float32), empty, empty, empty)
@@ -140,13 +141,12 @@ def decode_plan(config: Config, topology: Topology, songs: int, rule: SampleConf
         (model, context, state, cache, jax.ShapeDtypeStruct((), np.int32)),
     )
     begun = time.perf_counter()
-    compiled, problem = _compile(
-        sample._segment.lower(*arguments, layout, window if context.rule.repetition is not None else 0)
-    )
+    with jax.set_mesh(one):
+        lowered = sample._segment.lower(*arguments, layout, window if context.rule.repetition is not None else 0)
+    compiled, problem = _compile(lowered)
     held = [_bytes(model), _bytes(cache)]
     rows = len(state.heard) * len(variants(rule))
     work = decode_work(model, config.model, rows, size // 2, len(topology.devices))
-    one = make_mesh(MeshConfig(data=1), topology.devices[:1])
     return _plan("generate", config, topology, one, songs, compiled, problem, held, work, begun)
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import collections
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -125,10 +125,9 @@ def step_work(model: Any, config: Config, mesh: Mapping[str, int]) -> Work:
     forward = sum(p.flops for p in all_products) + 2 * own + 2 * cross
 
     computed = sum(p.flops * (3 + (1 if p.head else again)) for p in all_products)
-    computed += cross * (2 * (1 + again) + 4)
-    # Flash attention's backward pass makes seven products (two kernels, each of which computes the scores anew); of
-    # contiguous parts of the positions the last one sees the most keys.
-    busiest = computed + own * (2 * (1 + again) + 7) * (2 - 1 / context)
+    # The backward pass of splash attention makes seven products (two kernels, each of which computes the scores anew);
+    # of contiguous parts of the positions the last one sees the most keys.
+    busiest = computed + (own * (2 - 1 / context) + cross) * (2 * (1 + again) + 7)
 
     passes = 3 + again
     local = songs / (data * fsdp)  # songs of a chip, which it may share with others along tensor and context
@@ -139,12 +138,12 @@ def step_work(model: Any, config: Config, mesh: Mapping[str, int]) -> Work:
         traffic += passes * COMPUTE * p.layers * p.rows * (p.inputs + p.outputs) * local / (tensor * context)
 
     weights = sum(p.weights for p in all_products)
-    edge = COMPUTE * config.model.layers * layout.positions * config.model.width * local / context  # one array a layer
+    array = COMPUTE * config.model.layers * layout.positions * local  # a number for each position, all layers
     sent = config.train.accumulate * (fsdp - 1) / fsdp * COMPUTE * weights / tensor * (2 + again)
     sent += config.train.accumulate * (fsdp - 1) / fsdp * 4 * weights / tensor
     sent += 2 * (data - 1) / data * 4 * parameters / (fsdp * tensor)
-    sent += 2 * (tensor - 1) / tensor * 3 * edge * (2 + again)  # three sums a layer, forward and backward
-    sent += (context - 1) / context * 2 * edge * context * (2 + again)  # keys and values
+    sent += 2 * (tensor - 1) / tensor * 3 * array * config.model.width / context * (2 + again)  # three sums a layer
+    sent += (context - 1) / context * 2 * array * config.model.key_width * (2 + again)  # keys and values
     return Work(3 * songs * forward, songs * busiest / chips, traffic, sent)
 
 
@@ -154,8 +153,7 @@ def decode_work(model: Any, config: ModelConfig, rows: int, cache: int, chips: i
     flops = rows * (
         sum(2.0 * p.weights for p in kernels) + 4.0 * config.layers * config.width * (cache + config.memory)
     )
-    keys = next(p.outputs for p in products(model, config) if p.rows == config.memory + KINDS)  # width of a row's keys
-    kept = 2 * config.layers * keys * (cache + config.memory + KINDS) * rows
+    kept = 2 * config.layers * config.key_width * (cache + config.memory + KINDS) * rows
     return Work(flops * chips, flops, COMPUTE * (sum(p.weights for p in kernels) + kept), 0.0)
 
 
@@ -173,6 +171,10 @@ def sum_up(found: list[Collective], topology: Topology, mesh: Mesh) -> list[Traf
     together: dict[tuple, list[Collective]] = collections.defaultdict(list)
     for c in found:
         together[c.kind, c.axes(mesh.shape)].append(c)
+
+    def seconds(c: Collective) -> float:
+        return c.sent * c.times / rate([mesh.devices.flat[i].coords for i in c.groups[0]], topology)
+
     traffic = [
         Traffic(
             kind,
@@ -180,26 +182,25 @@ def sum_up(found: list[Collective], topology: Topology, mesh: Mesh) -> list[Traf
             sum(c.times for c in group),
             sum(c.bytes * c.times for c in group),
             sum(c.sent * c.times for c in group),
-            sum(c.sent * c.times / rate(c, topology, mesh) for c in group) if topology.chip else None,
+            sum(map(seconds, group)) if topology.chip else None,
         )
         for (kind, axes), group in together.items()
     ]
     return sorted(traffic, key=lambda t: -t.sent)
 
 
-def rate(collective: Collective, topology: Topology, mesh: Mesh) -> float:
-    """Bytes/s at which a chip can send its part of a collective, all links of its group in use.
+def rate(places: Sequence[Sequence[int]], topology: Topology) -> float:
+    """Bytes/s that each of the chips at these places can send the others, all links between them in use.
 
-    Along each axis of the torus in which the group extends: one link of a line, two of a ring; chips of other groups
-    that stand between those of this one share the links.
+    Along each axis of the torus in which they extend: one link of a line, two of a ring; other groups' chips that stand
+    between theirs share the links.
     """
     assert topology.chip is not None
-    places = np.array([mesh.devices.flat[i].coords for i in collective.groups[0]])
     total = 0.0
     for axis in range(topology.chip.dimensions):
-        along = np.unique(places[:, axis])
+        along = np.unique([place[axis] for place in places])
         if len(along) > 1:
             shared = (along[-1] - along[0]) / (len(along) - 1)
             ring = topology.closes(axis) and len(along) * shared == topology.shape[axis]
             total += topology.chip.link * (2 if ring else 1) / shared
-    return total
+    return float(total)
