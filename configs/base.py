@@ -10,7 +10,7 @@ Command: l2m train --config base --data OUT --run RUN --train.batch 32
 from l2m_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
 
 config = Config(
-    model=ModelConfig(width=1024, heads=8, layers=18, frames=9000, memory=1024, norm="deepnorm"),
+    model=ModelConfig(width=1024, heads=8, key_heads=2, layers=18, frames=9000, memory=1024, norm="deepnorm"),
     train=TrainConfig(batch=64, steps=100_000, lr_max=2e-4, lr_min=2e-5, warmup=2000, checkpoint_every=1000),
     mesh=MeshConfig(data=1, fsdp=-1),
 )

@@ -9,6 +9,6 @@ On a CPU, --model.layout delay halves the positions of a song, and --model.frame
 from l2m_jax.config import Config, ModelConfig, TrainConfig
 
 config = Config(
-    model=ModelConfig(width=512, heads=4, layers=4, frames=9000, memory=768),
+    model=ModelConfig(width=512, heads=4, key_heads=1, layers=4, frames=9000, memory=768),
     train=TrainConfig(batch=1, steps=20_000, lr_max=3e-4, lr_min=3e-5, warmup=500),
 )
