@@ -52,7 +52,7 @@ class Plan(NamedTuple):
     songs: int  # a step; of the decode loop those that are sung together
     positions: int
     dtype: str
-    remat: Any
+    remat: str
     parameters: int
     memory: Memory | None  # None where it does not fit
     limit: float | None  # bytes of a chip
@@ -83,7 +83,7 @@ def plan_mesh(config: Config, topology: Topology) -> Mesh:
     """The mesh of the config over the slice. UserError where the model or the batch do not divide over it."""
     mesh, layout = make_mesh(config.mesh, topology.devices), make_layout(config.model)
     micro = config.train.batch // config.train.accumulate
-    check_divides(mesh, micro, config.model.heads, config.model.width, layout.positions)
+    check_divides(mesh, micro, config.model.heads, config.model.width, layout.positions, config.model.key_heads)
     return mesh
 
 
@@ -265,7 +265,7 @@ def describe(plan: Plan, job: Schedule | None = None) -> list[str]:
         lines.append(f"collectives   {t.kind} along {' x '.join(t.axes)}: {times}, {_size(t.sent)} sent a chip")
     work, twice = plan.work, plan.work.executed * plan.chips / plan.work.model
     lines.append(
-        f"FLOPs         {work.model:.3e} a step by formula; {work.executed:.3e} executed a chip, {twice:.2f} of its part; "
+        f"FLOPs         {work.model:.3e} a step by formula; a chip runs {work.executed:.3e}, {twice:.2f} of its part; "
         f"the compiler counts {plan.estimate or 0:.3e}: of loops one round, of {plan.kernels} Pallas kernel(s) none"
     )
     if plan.roofline is not None:

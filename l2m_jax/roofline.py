@@ -119,7 +119,8 @@ def step_work(model: Any, config: Config, mesh: Mapping[str, int]) -> Work:
     songs = config.train.batch
     data, fsdp, tensor, context = (mesh[axis] for axis in ("data", "fsdp", "tensor", "context"))
     chips = data * fsdp * tensor * context
-    again = int(bool(config.train.remat))  # passes that compute once more what was forgotten
+    again = int(config.train.remat != "none")  # passes that compute once more what was forgotten
+    attended = int(config.train.remat == "layer")  # the same, of attention
     layout = make_layout(config.model)
     all_products, (own, cross) = products(model, config.model), attention(config.model)
     forward = sum(p.flops for p in all_products) + 2 * own + 2 * cross
@@ -127,7 +128,7 @@ def step_work(model: Any, config: Config, mesh: Mapping[str, int]) -> Work:
     computed = sum(p.flops * (3 + (1 if p.head else again)) for p in all_products)
     # The backward pass of splash attention makes seven products (two kernels, each of which computes the scores anew);
     # of contiguous parts of the positions the last one sees the most keys.
-    busiest = computed + (own * (2 - 1 / context) + cross) * (2 * (1 + again) + 7)
+    busiest = computed + (own * (2 - 1 / context) + cross) * (2 * (1 + attended) + 7)
 
     passes = 3 + again
     local = songs / (data * fsdp)  # songs of a chip, which it may share with others along tensor and context

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 
 from l2m_jax.chips import Topology
-from l2m_jax.config import Config, MeshConfig, TrainConfig, UserError
+from l2m_jax.config import Config, MeshConfig, UserError
 from l2m_jax.plan import Plan, for_chips, model_shapes, plan_mesh, train_plan
 from l2m_jax.roofline import STATE, roofline, step_work
 from l2m_jax.sharding import AXES
 from l2m_jax.tokens import make_layout
 
-KEPT = 24  # arrays T x D that a layer keeps for its backward pass where nothing is computed twice
+KEPT = {"layer": 1, "attention": 2, "none": 24}  # arrays T x D that a layer keeps for its backward pass, about
 SONGS = (1, 2, 4, 8)  # songs of each part of the mesh that has songs of its own
 
 
@@ -36,7 +35,7 @@ def candidates(config: Config, topology: Topology, batch: int | None) -> list[Ca
     for mesh in meshes(len(topology.devices)):
         groups = mesh.data * mesh.fsdp
         for songs in [batch] if batch else [n * groups for n in SONGS]:
-            for remat in remats():
+            for remat in KEPT:
                 # One pass: more songs at a time are what `batch` tries, and micro-batches gather anew.
                 train = dataclasses.replace(config.train, batch=songs, accumulate=1, remat=remat)
                 one = dataclasses.replace(config, train=train, mesh=mesh)
@@ -79,15 +78,9 @@ def meshes(chips: int) -> Iterator[MeshConfig]:
     return (MeshConfig(**dict(zip(AXES, sizes))) for sizes in split(chips, len(AXES)))
 
 
-def remats() -> tuple[Any, ...]:
-    """What `train.remat` can be."""
-    return typing.get_args(typing.get_type_hints(TrainConfig)["remat"]) or (True, False)
-
-
 def about(model: Any, config: Config) -> float:
     """Bytes of a chip by formula: parameters, gradients, moments, and what the layers keep for the backward pass."""
     mesh, layout = config.mesh, make_layout(config.model)
     parameters = sum(x.size for x in jax.tree.leaves(model)) / (mesh.fsdp * mesh.tensor)
     array = 2 * layout.positions / mesh.context * config.model.width * config.train.batch / (mesh.data * mesh.fsdp)
-    kept = 1 if config.train.remat else KEPT / mesh.tensor
-    return (STATE + 4) * parameters + array * (config.model.layers * kept + KEPT)
+    return (STATE + 4) * parameters + array * (config.model.layers * KEPT[config.train.remat] + KEPT["none"])

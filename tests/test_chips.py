@@ -1,5 +1,6 @@
 """Names of slices, and figures of chips against JAX's own."""
 
+import jax
 import pytest
 from jax.experimental.pallas import tpu
 
@@ -25,6 +26,7 @@ from l2m_jax.config import UserError
     ],
 )
 def test_slices_that_do_not_exist(name: str, names: str):
+    jax.devices()
     with pytest.raises(UserError) as caught:
         open_topology(name)
     assert names in str(caught.value) and f"--topology {name}" in str(caught.value)

@@ -38,7 +38,7 @@ def test_flops_are_those_that_xla_counts(backward: bool):
     keep = jnp.ones((CONFIG.train.batch, 2), bool)
 
     def loss(model, batch):
-        return losses(model, batch, keep, layout, layout.positions, False).nats.sum()
+        return losses(model, batch, keep, layout, layout.positions, "none").nats.sum()
 
     function = jax.jit(jax.value_and_grad(loss) if backward else loss)
     model = model_shapes(CONFIG)
@@ -60,8 +60,8 @@ def test_flops_of_a_song_are_6_n_t_and_attention():
     stated = 6 * parameters * positions + 12 * model.layers * model.width * positions**2 / 2
     work = step_work(model_shapes(config), config, ONE)
     assert abs(work.model / stated - 1) < 0.1
-    plain = dataclasses.replace(config, train=dataclasses.replace(config.train, remat=False))
-    assert 1.1 < work.executed / step_work(model_shapes(plain), plain, ONE).executed < 1.5
+    plain = dataclasses.replace(config, train=dataclasses.replace(config.train, remat="none"))
+    assert 1.1 < work.executed / step_work(model_shapes(plain), plain, ONE).executed < 1.34  # attention is kept
 
 
 def test_a_mesh_divides_the_work_and_sends():

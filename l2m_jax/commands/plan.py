@@ -18,7 +18,7 @@ class Plan:
     mesh: str = ""
     """Devices along each axis, as in data=4,fsdp=16; one may be -1. By default the preset's."""
     batch: int | None = None
-    """Songs a step, over all chips, by default train.batch; with --generate songs together on each chip, by default 1."""
+    """Songs a step, over all chips, by default train.batch; with --generate those sung together on each chip, or 1."""
     generate: bool = False
     """The decode loop instead of the train step; each chip sings songs of its own."""
     suggest: bool = False
