@@ -21,6 +21,7 @@ from l2m_jax.commands.codec import Codec
 from l2m_jax.commands.decode import Decode
 from l2m_jax.commands.generate import Generate
 from l2m_jax.commands.inspect import Inspect
+from l2m_jax.commands.plan import Plan
 from l2m_jax.commands.prepare import Prepare
 from l2m_jax.commands.solfege import Solfege
 from l2m_jax.commands.train import Train
@@ -68,18 +69,20 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(status)
 
 
-def parse(arguments: list[str]) -> Prepare | Inspect | Train | Generate | Decode | Codec | Solfege:
-    """The command of the arguments; a preset gives the defaults of `train`."""
+def parse(arguments: list[str]) -> Prepare | Inspect | Train | Plan | Generate | Decode | Codec | Solfege:
+    """The command of the arguments; a preset gives the defaults of `train` and `plan`."""
     preset = Config()
-    if arguments[:1] == ["train"]:
+    if arguments[:1] in (["train"], ["plan"]):
         named = [b for a, b in itertools.pairwise(arguments) if a == "--config"]
         named += [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
         preset = load_preset(named[-1] if named else "small")
     train = Train(tyro.MISSING, tyro.MISSING, model=preset.model, train=preset.train, mesh=preset.mesh)
+    plan = Plan(tyro.MISSING, model=preset.model, train=preset.train)
     commands = (
         Annotated[Prepare, tyro.conf.subcommand("prepare")]
         | Annotated[Inspect, tyro.conf.subcommand("inspect")]
         | Annotated[Train, tyro.conf.subcommand("train", default=train)]
+        | Annotated[Plan, tyro.conf.subcommand("plan", default=plan)]
         | Annotated[Generate, tyro.conf.subcommand("generate")]
         | Annotated[Decode, tyro.conf.subcommand("decode")]
         | Annotated[Codec, tyro.conf.subcommand("codec")]

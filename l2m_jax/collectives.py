@@ -50,10 +50,9 @@ def collectives(text: str) -> list[Collective]:
     for name, lines in computations.items():
         entry = name if lines[0].startswith("ENTRY") else entry
         for line in lines[1:]:
-            trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
             for _, called in _CALLED.findall(line):
                 for callee in re.findall(r"[\w.-]+", called):
-                    callers.get(callee, []).append((name, int(trips[1]) if trips else 1))
+                    callers.get(callee, []).append((name, _trips(line, computations)))
     times = {entry: 1}
 
     def runs(name: str) -> int:
@@ -61,12 +60,30 @@ def collectives(text: str) -> list[Collective]:
             times[name] = sum(runs(caller) * trips for caller, trips in callers[name])
         return times[name]
 
-    found = []
+    found, begun = [], set()
     for name, lines in computations.items():
         for line in lines[1:]:
-            if match := _COLLECTIVE.match(line):
-                found += [c for c in _arrays(line, match, devices, runs(name)) if c.groups and c.times]
+            if (match := _COLLECTIVE.match(line)) and runs(name):
+                arrays = [c for c in _arrays(line, match, devices, runs(name)) if c.groups]
+                if name.startswith("all-reduce-scatter"):  # TPU's fusion of a sum and each one's part of it
+                    arrays = [c._replace(kind="reduce-scatter") for c in arrays]
+                channel = re.search(r"channel_id=(\d+)", line)
+                whole = (channel and channel[1], *(c._replace(times=0) for c in arrays))
+                if channel is None or whole not in begun:  # TPU begins, carries on and ends one in several fusions
+                    found += arrays
+                begun.add(whole)
     return found
+
+
+def _trips(line: str, computations: Mapping[str, list[str]]) -> int:
+    """How often the loop of this line runs: as XLA says, or as its condition has it (TPU); 1 where it is not known."""
+    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
+        return int(known[1])
+    condition = re.search(r"\bcondition=%?([\w.-]+)", line)
+    lines = computations.get(condition[1], []) if condition else []
+    bounds = [match[1] for at in lines if (match := re.search(r"= s32\[\]\S* constant\((\d+)\)", at))]
+    counts = any(re.search(r"ROOT .* compare\(.*direction=LT", at) for at in lines)
+    return int(bounds[0]) if counts and len(bounds) == 1 else 1
 
 
 def _computations(text: str) -> Iterator[tuple[str, list[str]]]:

@@ -49,6 +49,38 @@ def test_loops_in_loops_are_multiplied():
     assert gather.axes(MESH) == ("fsdp",)
 
 
+def test_loops_of_tpus_are_counted_by_their_condition():
+    """TPU programs do not say how often a loop runs."""
+    known = PROGRAM.replace(', backend_config={"known_trip_count":{"n":"3"}}', "").replace(
+        "%cond (p: (s32[], bf16[4,16])) -> pred[] {",
+        "%cond (p: (s32[], bf16[4,16])) -> pred[] {\n  %n = s32[]{:T(128)} constant(7)\n"
+        "  ROOT %lt = pred[]{:T(512)} compare(%i, %n), direction=LT",
+    )
+    assert [c.times for c in collectives(known)] == [35]
+    assert [c.times for c in collectives(known.replace("direction=LT", "direction=GT"))] == [5]
+
+
+def test_one_collective_in_several_fusions_is_one():
+    line = "%ag = f32[8]{0} all-gather(%a), channel_id=4, replica_groups={{0,1},{2,3},{4,5},{6,7}}, dimensions={0}"
+    assert len(read(f"{line}\n  {line}")) == 1
+    assert len(read(f"{line}\n  {line.replace('=4', '=5')}")) == 2
+
+
+def test_a_sum_of_which_each_keeps_a_part_is_a_scatter():
+    fused = """\
+%all-reduce-scatter.1 (i: f32[8]) -> f32[2] {
+  %all-reduce.1 = f32[8]{0} all-reduce(%i), channel_id=7, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+}
+
+%cond"""
+    (found,) = collectives(
+        PROGRAM.replace("%cond", fused, 1)
+        .replace("LINES", "%fusion = f32[2] fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1")
+        .replace("all-gather(%w)", "copy(%w)")
+    )
+    assert (found.kind, found.shape, found.bytes, found.sent) == ("reduce-scatter", (8,), 32, 24.0)
+
+
 @pytest.mark.parametrize(
     "groups, pairs, axes",
     [
