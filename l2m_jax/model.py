@@ -4,7 +4,8 @@ After `attention`, before `sharding`. With a the residual scale and M the memory
 
     x = LN(a x + SelfAttention(x));   x = LN(a x + CrossAttention(x, M));   x = LN(a x + MLP(x))
 
-or, with norm "pre", x = x + f(LN(x)) for each of the three and an LN after the last layer. Parameters are float32; `dtype` is what products are computed in. Layers are stacked and scanned.
+or, with norm "pre", x = x + f(LN(x)) for each of the three, and an LN after the last layer. Parameters are float32;
+`dtype` is what products are computed in. Layers are stacked and scanned.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ class Attention(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Self-attention, cross-attention and MLP, each with a LayerNorm after the scaled residual or (pre) before itself."""
+    """Self-attention, cross-attention and MLP, each with a LayerNorm, of the scaled residual or (pre) of its input."""
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, *, rngs: nnx.Rngs):
         gained = _xavier(config.initial_gain)

@@ -124,8 +124,8 @@ def reference(config: ModelConfig, model: SoundTransformer, ids, prompt: Prompt,
         for i in range(config.layers):
             q = jax.tree.map(lambda w, i=i: w[i], p["layers"])
             for norm, sublayer in (
-                (q["norm1"], lambda x, q=q: attention(q["self_attention"], x, x, causal, config.heads)),
-                (q["norm2"], lambda x, q=q: attention(q["cross_attention"], x, memory, True, config.heads)),
+                (q["norm1"], lambda x, q=q, seen=causal: attention(q["self_attention"], x, x, seen, config.heads)),
+                (q["norm2"], lambda x, q=q, m=memory: attention(q["cross_attention"], x, m, True, config.heads)),
                 (q["norm3"], lambda x, q=q: linear(q["down"], gelu(linear(q["up"], x)))),
             ):
                 pre = config.norm == "pre"
