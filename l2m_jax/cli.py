@@ -17,6 +17,7 @@ from typing import Annotated
 
 import tyro
 
+from l2m_jax.commands.align import Align
 from l2m_jax.commands.codec import Codec
 from l2m_jax.commands.decode import Decode
 from l2m_jax.commands.generate import Generate
@@ -68,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(status)
 
 
-def parse(arguments: list[str]) -> Prepare | Inspect | Train | Generate | Decode | Codec | Solfege:
+def parse(arguments: list[str]) -> Prepare | Inspect | Train | Generate | Align | Decode | Codec | Solfege:
     """The command of the arguments; a preset gives the defaults of `train`."""
     preset = Config()
     if arguments[:1] == ["train"]:
@@ -81,6 +82,7 @@ def parse(arguments: list[str]) -> Prepare | Inspect | Train | Generate | Decode
         | Annotated[Inspect, tyro.conf.subcommand("inspect")]
         | Annotated[Train, tyro.conf.subcommand("train", default=train)]
         | Annotated[Generate, tyro.conf.subcommand("generate")]
+        | Annotated[Align, tyro.conf.subcommand("align")]
         | Annotated[Decode, tyro.conf.subcommand("decode")]
         | Annotated[Codec, tyro.conf.subcommand("codec")]
         | Annotated[Solfege, tyro.conf.subcommand("solfege")]

@@ -131,7 +131,7 @@ class TrainConfig:
     keep: int = 3
     """Newest checkpoints that are kept."""
     valid_every: int = 200
-    """Steps between losses on --valid songs."""
+    """Steps between losses on --valid songs, and looks at how far the attention follows the words (diagonality)."""
     sample_every: int = 0
     """Steps between sample songs (the first song's prompt) in TensorBoard and RUN/samples; 0 for none."""
     sample_seconds: float = 10.0

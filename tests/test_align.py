@@ -20,8 +20,6 @@ from l2m_jax.align import (
     alignment_errors,
     attention_maps,
     choose_heads,
-    diagonality,
-    frame_weights,
     memory_words,
     teacher,
     word_mass,
@@ -29,6 +27,7 @@ from l2m_jax.align import (
 )
 from l2m_jax.config import UserError
 from l2m_jax.data import prompt_rows
+from l2m_jax.follow import diagonality, frame_weights
 from l2m_jax.model import Prompt, SoundTransformer
 from l2m_jax.tokens import make_layout
 

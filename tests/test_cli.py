@@ -109,7 +109,7 @@ def test_preset_file_with_a_mistake(tmp_path, content, says):
         ("train --data /nowhere --run RUN", "/nowhere is not a prepared dataset; make one with: l2m prepare"),
         ("generate RUN --lyrics la", "RUN is not a run folder (it has no config.json)"),
         ("generate RUN --lyrics la -o a.mp3", "a.mp3: the output must end in .wav"),
-        ("generate RUN --lyrics la -o - --count 2", "-o - sends one song to a pipe: it goes with neither --count"),
+        ("generate RUN --lyrics la -o - --count 2", "-o - sends one song to a pipe: not with --count"),
         ("generate RUN --lyrics la --count 0", "--count is 0; allowed: 1 and above"),
         ("generate RUN --lyrics la --count 2 --batch 0", "--batch is 0; allowed: 1 and above"),
         ("generate RUN --requests a.jsonl", "--requests puts its songs into a folder: --out FOLDER, not song.wav"),
