@@ -62,7 +62,7 @@ def read_source(path: Path, singer: Singer, lyrics: str = "", genre: str = "") -
         lyrics, genre = lyrics or request["lyrics"], genre or request["genre"]
     if not lyrics.strip():
         raise UserError(
-            f"{path}: its lyrics are not known (no {path.stem}.json of l2m generate is there): --lyrics FILE"
+            f"{path}: it has no {path.stem}.json of l2m generate to tell its lyrics: --lyrics FILE"
         )
     sound = path.with_suffix(".wav") if request is not None else path
     return Source(read_sound(found, singer.codec), lyrics, genre, sound, path.with_suffix(".lrc"), None)
@@ -136,7 +136,7 @@ def read_reading(run: Path) -> tuple[Reading, int] | None:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path} is damaged ({error}): delete it and choose again, l2m align {run} --choose DATA"
+            f"{path} is damaged ({error}); write it anew: l2m align {run} --choose DATA"
         ) from None
 
 
