@@ -61,9 +61,7 @@ def read_source(path: Path, singer: Singer, lyrics: str = "", genre: str = "") -
         found = next((p for p in map(path.with_suffix, (".npz", ".ecdc", ".wav")) if p.is_file()), path)
         lyrics, genre = lyrics or request["lyrics"], genre or request["genre"]
     if not lyrics.strip():
-        raise UserError(
-            f"{path}: it has no {path.stem}.json of l2m generate to tell its lyrics: --lyrics FILE"
-        )
+        raise UserError(f"{path}: it has no {path.stem}.json of l2m generate to tell its lyrics: --lyrics FILE")
     sound = path.with_suffix(".wav") if request is not None else path
     return Source(read_sound(found, singer.codec), lyrics, genre, sound, path.with_suffix(".lrc"), None)
 
@@ -135,9 +133,7 @@ def read_reading(run: Path) -> tuple[Reading, int] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is damaged ({error}); write it anew: l2m align {run} --choose DATA"
-        ) from None
+        raise UserError(f"{path} is damaged ({error}); write it anew: l2m align {run} --choose DATA") from None
 
 
 def to_lrc(lyrics: str, times: Float[np.ndarray, "W 2"]) -> str:
