@@ -27,7 +27,7 @@ from l2m_jax.commands.solfege import Solfege
 from l2m_jax.commands.train import Train
 from l2m_jax.config import Config, UserError
 
-PRESETS = ("tiny", "small", "base", "large", "demo")
+PRESETS = ("tiny", "small", "base", "large", "demo", "benchmark")
 
 
 def load_preset(name: str) -> Config:

@@ -129,9 +129,8 @@ class Layer(nnx.Module):
         before = self._before(self.norm1, x)
         new = self.self_attention.keys_values(before)
         cache = Pages(write_page(cache.keys, new.keys, at), write_page(cache.values, new.values, at))
-        attended = cached_attention(
-            self.self_attention.queries(before), *cache, new.keys.shape[0] * new.keys.shape[1], at
-        )
+        rows = new.keys.shape[0] * new.keys.shape[1]
+        attended = cached_attention(self.self_attention.queries(before), *cache, rows, at)
         return self._rest(self._after(self.norm1, x, self.self_attention.merge(attended)), memory, seen), cache
 
     def _sequence(self, x: Array) -> tuple[Array, KeysValues]:
