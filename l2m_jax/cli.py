@@ -20,6 +20,7 @@ import tyro
 from l2m_jax.commands.align import Align
 from l2m_jax.commands.codec import Codec
 from l2m_jax.commands.decode import Decode
+from l2m_jax.commands.export import Export
 from l2m_jax.commands.generate import Generate
 from l2m_jax.commands.inspect import Inspect
 from l2m_jax.commands.prepare import Prepare
@@ -69,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(status)
 
 
-def parse(arguments: list[str]) -> Prepare | Inspect | Train | Generate | Align | Decode | Codec | Solfege:
+def parse(arguments: list[str]) -> Prepare | Inspect | Train | Generate | Align | Export | Decode | Codec | Solfege:
     """The command of the arguments; a preset gives the defaults of `train`."""
     preset = Config()
     if arguments[:1] == ["train"]:
@@ -83,6 +84,7 @@ def parse(arguments: list[str]) -> Prepare | Inspect | Train | Generate | Align 
         | Annotated[Train, tyro.conf.subcommand("train", default=train)]
         | Annotated[Generate, tyro.conf.subcommand("generate")]
         | Annotated[Align, tyro.conf.subcommand("align")]
+        | Annotated[Export, tyro.conf.subcommand("export")]
         | Annotated[Decode, tyro.conf.subcommand("decode")]
         | Annotated[Codec, tyro.conf.subcommand("codec")]
         | Annotated[Solfege, tyro.conf.subcommand("solfege")]

@@ -9,7 +9,6 @@ from typing import Annotated
 
 import tyro
 
-from l2m_jax.commands.arguments import Folder
 from l2m_jax.config import UserError
 from l2m_jax.request import Request, read_text
 
@@ -21,8 +20,8 @@ class Generate:
     Ctrl-C ends it early and keeps what was sung by then.
     """
 
-    run_folder: Annotated[Folder, tyro.conf.arg(name="run")]
-    """Run folder of a trained model."""
+    run_folder: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(name="run")] = None
+    """Run folder of a trained model; without one, the model that comes with the package sings."""
     request: Annotated[Request, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Request)
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("song.wav")
     """The song; its .ecdc, .npz and .json stand beside it. `-` sends a WAV to standard output while it is sung."""
