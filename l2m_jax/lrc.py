@@ -117,7 +117,7 @@ def choose_reading(singer: Singer, dataset: Dataset, most: int) -> tuple[Reading
     songs = [teacher(dataset[int(i)], config.memory) for i in fits]
     reading, errors = choose_heads(singer.model, singer.layout, songs, singer.codec.frame_rate)
     about = {"l2m_jax": "alignment", "step": singer.step, "heads": reading.heads, "blank": reading.blank}
-    about |= {"chosen_on": str(dataset.folder), "songs": len(songs)}
+    about |= {"chosen_on": dataset.folder.resolve().name, "songs": len(songs)}
     about |= {"errors": errors._asdict() if errors.words else None}
     write_json(singer.run / "alignment.json", about)
     return reading, errors

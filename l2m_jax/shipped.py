@@ -23,13 +23,12 @@ from l2m_jax.config import UserError
 from l2m_jax.sharding import path_name
 
 CARD = """---
-license: apache-2.0
-tags: [music, lyrics, jax]
+tags: [music, lyrics, jax, l2m_jax]
 ---
 
 # {name}
 
-A model of [l2m_jax](https://pypi.org/project/l2m-jax): lyrics and a genre go in, a song comes out. Sing with it:
+A model of l2m_jax: lyrics and a genre go in, a song comes out. Sing with it:
 
     l2m generate {name} --lyrics "..." --genre {genre} -o song.wav
 

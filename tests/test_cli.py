@@ -102,7 +102,10 @@ def test_preset_file_with_a_mistake(tmp_path, content, says):
 @pytest.mark.parametrize(
     "command, says",
     [
-        ("train --data DATA --run RUN --config nope", "--config nope: no such preset (tiny, small, base, large, demo, benchmark)"),
+        (
+            "train --data DATA --run RUN --config nope",
+            "--config nope: no such preset (tiny, small, base, large, demo, benchmark)",
+        ),
         ("train --data DATA --run RUN --model.heads 7", "model.width 512 must be a multiple of model.heads 7"),
         ("train --data DATA --run RUN --train.seed -1", "train.seed is -1; allowed: 0 to 4294967295"),
         ("train --data DATA --run RUN", "DATA has entries 16, model.entries is 1024: set --model.entries 16"),
