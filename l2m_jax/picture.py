@@ -54,9 +54,8 @@ def draw_song(
         axis.set(ylim=(lines, 0), yticks=[], ylabel="")
         axis.text(-0.01, 0.5, name, transform=axis.transAxes, ha="right", va="center", fontsize=9)
         for word, low in zip(words, lows[name]):
-            axis.axvspan(
-                word.start, word.end, 1 - (low + 1) / lines, 1 - low / lines, facecolor="#d5e5f5", edgecolor="white"
-            )
+            height = 1 - (low + 1) / lines, 1 - low / lines
+            axis.axvspan(word.start, word.end, *height, facecolor="#d5e5f5", edgecolor="white")
             axis.text(word.start, low + 0.5, word.text, va="center", fontsize=9, clip_on=True, parse_math=False)
     axes[-1, 0].set(xlim=(0, max(seconds, 0.01)), xlabel="seconds")
     lines = [line for line in lyrics.splitlines() if line.strip()]
