@@ -96,7 +96,11 @@ def time_words(
             f"l2m align {singer.run} --choose DATA"
         )
     else:
-        reading, step = kept
+        (reading, step), config = kept, singer.info.config.model
+        if not reading.heads or any(not (0 <= a < config.layers and 0 <= b < config.heads) for a, b in reading.heads):
+            raise UserError(
+                f"{singer.run}/alignment.json names heads that the model has not: choose again with --choose"
+            )
         if step != singer.step:
             warnings.append(f"heads were chosen at step {step}, this is step {singer.step}: choose again with --choose")
     return align_song(singer.model, singer.layout, song, reading, rate), warnings

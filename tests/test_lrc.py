@@ -55,6 +55,9 @@ def test_heads_are_chosen_and_kept(singer, sung, songs):
     assert time_words(singer, source.codes[:20], "[instrumental]", "")[0].shape == (0, 2)
     with pytest.raises(UserError, match="frames; allowed: the model's window of 60"):
         time_words(singer, np.repeat(source.codes, 2, axis=0), "la", "")
+    path.write_text(json.dumps(kept | {"heads": [[1, 0]]}))
+    with pytest.raises(UserError, match="names heads that the model has not: choose again"):
+        time_words(singer, source.codes[:20], "la", "")
     for damaged in ("{", "[]", '{"heads": 3}'):
         path.write_text(damaged)
         with pytest.raises(UserError, match=r"alignment.json is damaged .* --choose DATA"):
