@@ -51,8 +51,9 @@ class ModelConfig:
     cache of generation and the faster it is (grouped queries: Ainslie et al., 2023)."""
     layers: int = 4
     """L, layers."""
-    norm: Literal["post", "deepnorm"] = "post"
-    """post: a = 1, the notes' equations. deepnorm: a = (3 L)^(1/4), for depth (Wang et al., 2022)."""
+    norm: Literal["post", "deepnorm", "pre"] = "post"
+    """post: a = 1, the notes' equations. deepnorm: a = (3 L)^(1/4), for depth (Wang et al., 2022).
+    pre: x + f(LN(x)) and an LN after the last layer (Xiong et al., 2020)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type; parameters stay float32. auto: float32 on CPU, bfloat16 on accelerators."""
 
@@ -143,7 +144,7 @@ class TrainConfig:
     keep: int = 3
     """Newest checkpoints that are kept."""
     valid_every: int = 200
-    """Steps between losses on --valid songs."""
+    """Steps between losses on --valid songs, and looks at how far the attention follows the words (diagonality)."""
     sample_every: int = 0
     """Steps between sample songs (the first song's prompt) in TensorBoard and RUN/samples; 0 for none."""
     sample_seconds: float = 10.0

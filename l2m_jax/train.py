@@ -28,6 +28,7 @@ from l2m_jax.checkpoint import RunInfo, differences, open_checkpoints, prepare_r
 from l2m_jax.codec import Codec, decode
 from l2m_jax.config import Config, MeshConfig, SampleConfig, UserError, from_json, to_json
 from l2m_jax.data import Dataset, Example, batches, make_example
+from l2m_jax.follow import make_follow
 from l2m_jax.hosts import Agreement, decide, lead, meet, place, rows_here, together
 from l2m_jax.log import Log, Silence
 from l2m_jax.model import Prompt, SoundTransformer
@@ -97,6 +98,7 @@ def _train(
         )
         log = Log(run, first, config.train.steps, config.train.log_every, console) if lead() else Silence()
         evaluate = make_evaluate(config, layout, valid, program, songs_per_valid) if valid is not None else None
+        watch = make_follow(valid or dataset, layout, config.model.memory, mesh)
         rates = schedule(config.train)
         steps, rows = range(first, config.train.steps), rows_here(program.batch, config.train.batch)
         stream = batches(dataset, config.model, config.train.seed, config.train.batch, steps, rows)
@@ -110,8 +112,11 @@ def _train(
                     began = _report(log, *pending, began)
                 pending = (step, metrics, float(jnp.asarray(rates(step))))
                 done = step + 1
-                if evaluate is not None and (done % config.train.valid_every == 0 or done == config.train.steps):
-                    pending[1]["valid_loss"] = evaluate(state.model)
+                if done % config.train.valid_every == 0 or done == config.train.steps:
+                    if evaluate is not None:
+                        pending[1]["valid_loss"] = evaluate(state.model)
+                    pending[1]["diagonality"], looks = watch(state.model)
+                    log.image(done, looks.T)
                 if codec is not None and config.train.sample_every and done % config.train.sample_every == 0:
                     _sample(run, log, done, state.model, dataset, config, layout, codec)
                 stop = agreement.say(stopped.status and stopped.status - 128)
