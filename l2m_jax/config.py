@@ -48,8 +48,9 @@ class ModelConfig:
     """N, attention heads; each is D / N wide."""
     layers: int = 4
     """L, layers."""
-    norm: Literal["post", "deepnorm"] = "post"
-    """post: a = 1, the notes' equations. deepnorm: a = (3 L)^(1/4), for depth (Wang et al., 2022)."""
+    norm: Literal["post", "deepnorm", "pre"] = "post"
+    """post: a = 1, the notes' equations. deepnorm: a = (3 L)^(1/4), for depth (Wang et al., 2022).
+    pre: x + f(LN(x)) and an LN after the last layer (Xiong et al., 2020)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type; parameters stay float32. auto: float32 on CPU, bfloat16 on accelerators."""
 

@@ -4,7 +4,8 @@ After `attention`, before `sharding`. With a the residual scale and M the memory
 
     x = LN(a x + SelfAttention(x));   x = LN(a x + CrossAttention(x, M));   x = LN(a x + MLP(x))
 
-Parameters are float32; `dtype` is what products are computed in. Layers are stacked and scanned.
+or, with norm "pre", x = x + f(LN(x)) for each of the three, and an LN after the last layer. Parameters are float32;
+`dtype` is what products are computed in. Layers are stacked and scanned.
 """
 
 from __future__ import annotations
@@ -85,11 +86,11 @@ class Attention(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Self-attention, cross-attention and MLP, each followed by a LayerNorm of the scaled residual."""
+    """Self-attention, cross-attention and MLP, each with a LayerNorm, of the scaled residual or (pre) of its input."""
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, *, rngs: nnx.Rngs):
         gained = _xavier(config.initial_gain)
-        self.scale = config.residual_scale
+        self.scale, self.pre = config.residual_scale, config.norm == "pre"
         self.self_attention = Attention(config, dtype, rngs=rngs)
         self.cross_attention = Attention(config, dtype, rngs=rngs)
         self.up = _linear(config.width, 4 * config.width, gained, dtype, rngs)
@@ -104,9 +105,17 @@ class Layer(nnx.Module):
 
     def prefill(self, x: Float[Array, "B T D"], memory: Memory) -> tuple[Float[Array, "B T D"], KeysValues]:
         """The whole sequence at once, with its keys and values for the steps that follow."""
-        kept = self.self_attention.keys_values(x)
-        attended = causal_attention(self.self_attention.queries(x), *kept)
-        return self._rest(x, attended, self.cross_attention.keys_values(memory.states), memory.seen), kept
+        x, kept = self._sequence(x)
+        return self._rest(x, self.cross_attention.keys_values(memory.states), memory.seen), kept
+
+    def look(
+        self, x: Float[Array, "B T D"], memory: Memory
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B N T H"], Float[Array, "B _ M H"]]:
+        """The whole sequence at once, with queries and keys of the cross-attention: what looks at which word."""
+        x, _ = self._sequence(x)
+        kept = self.cross_attention.keys_values(memory.states)
+        queries = self.cross_attention.queries(self._before(self.norm2, x))
+        return self._rest(x, kept, memory.seen), queries, kept.keys
 
     def step(
         self,
@@ -117,16 +126,32 @@ class Layer(nnx.Module):
         at: Int[Array, ""],
     ) -> tuple[Float[Array, "B 1 D"], Pages]:
         """Position `at`: its keys and values are written into the cache, which is returned."""
-        new = self.self_attention.keys_values(x)
+        before = self._before(self.norm1, x)
+        new = self.self_attention.keys_values(before)
         cache = Pages(write_page(cache.keys, new.keys, at), write_page(cache.values, new.values, at))
-        attended = cached_attention(self.self_attention.queries(x), *cache, at)
-        return self._rest(x, attended, memory, seen), cache
+        attended = cached_attention(self.self_attention.queries(before), *cache, at)
+        return self._rest(self._after(self.norm1, x, self.self_attention.merge(attended)), memory, seen), cache
 
-    def _rest(self, x: Array, attended: Array, memory: KeysValues, seen: Array) -> Array:
-        x = self.norm1(self.scale * x + self.self_attention.merge(attended))
-        attended = attend(self.cross_attention.queries(x), *memory, seen[:, None, None])
-        x = self.norm2(self.scale * x + self.cross_attention.merge(attended))
-        return self.norm3(self.scale * x + self.down(jax.nn.gelu(self.up(x))))
+    def _sequence(self, x: Array) -> tuple[Array, KeysValues]:
+        """Self-attention of the whole sequence."""
+        before = self._before(self.norm1, x)
+        kept = self.self_attention.keys_values(before)
+        attended = causal_attention(self.self_attention.queries(before), *kept)
+        return self._after(self.norm1, x, self.self_attention.merge(attended)), kept
+
+    def _rest(self, x: Array, memory: KeysValues, seen: Array) -> Array:
+        """Cross-attention and MLP."""
+        attended = attend(self.cross_attention.queries(self._before(self.norm2, x)), *memory, seen[:, None, None])
+        x = self._after(self.norm2, x, self.cross_attention.merge(attended))
+        return self._after(self.norm3, x, self.down(jax.nn.gelu(self.up(self._before(self.norm3, x)))))
+
+    def _before(self, norm: nnx.LayerNorm, x: Array) -> Array:
+        """What a sublayer is given."""
+        return norm(x) if self.pre else x
+
+    def _after(self, norm: nnx.LayerNorm, x: Array, found: Array) -> Array:
+        """The residual, with what a sublayer found."""
+        return x + found if self.pre else norm(self.scale * x + found)
 
 
 class SoundTransformer(nnx.Module):
@@ -150,6 +175,7 @@ class SoundTransformer(nnx.Module):
         self.null_embedding = table(KINDS)
         keys = jax.random.split(rngs.params(), config.layers)
         self.layers: Any = jax.vmap(lambda key: Layer(config, dtype, rngs=nnx.Rngs(key)))(keys)
+        self.final_norm = nnx.LayerNorm(config.width, dtype=dtype, rngs=rngs) if config.norm == "pre" else None
         self.head = _linear(config.width, layout.streams * layout.id_space, _xavier(1.0), dtype, rngs)
 
     def memory(self, prompt: Prompt, keep: Bool[Array, "B kinds"]) -> Memory:
@@ -182,6 +208,7 @@ class SoundTransformer(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T J W"]:
         """Float32 logits of every stream; ids that pad the space are -inf."""
+        hidden = hidden if self.final_norm is None else self.final_norm(hidden)
         logits = self.head(hidden).astype(jnp.float32).reshape(*hidden.shape[:2], self.streams, self.id_space)
         return jnp.where(jnp.arange(self.id_space) <= self.last_id, logits, -jnp.inf)
 

@@ -31,7 +31,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"project/kernel$", P(None, "fsdp")),
     (r"head/kernel$", P("fsdp", "tensor")),
     (r"head/bias$", P("tensor")),
-    (r"norm\d/(scale|bias)$", P(None)),
+    (r"norm\d?/(scale|bias)$", P(None)),
 )
 
 

@@ -21,7 +21,8 @@ from l2m_jax.train import Totals, losses
 
 POST = ModelConfig(codebooks=2, entries=8, frames=12, memory=7, text_width=6, width=16, heads=2, layers=2)
 DEEP = dataclasses.replace(POST, layout="delay", codebooks=3, norm="deepnorm")
-each_model = pytest.mark.parametrize("config", [POST, DEEP], ids=["post-flatten", "deepnorm-delay"])
+PRE = dataclasses.replace(POST, norm="pre")
+each_model = pytest.mark.parametrize("config", [POST, DEEP, PRE], ids=["post-flatten", "deepnorm-delay", "pre-flatten"])
 
 # Song 0: genre, lyrics, padding; song 1: lyrics alone. Sections and positions as no song has them.
 KIND = np.array([[0, 0, 1, 1, 1, -1, -1], [1, 1, 1, 1, -1, -1, -1]])
@@ -122,9 +123,15 @@ def reference(config: ModelConfig, model: SoundTransformer, ids, prompt: Prompt,
         x, causal = np.stack(x), np.tril(np.ones((len(song), len(song)), bool))
         for i in range(config.layers):
             q = jax.tree.map(lambda w, i=i: w[i], p["layers"])
-            x = layer_norm(q["norm1"], a * x + attention(q["self_attention"], x, x, causal, config.heads))
-            x = layer_norm(q["norm2"], a * x + attention(q["cross_attention"], x, memory, True, config.heads))
-            x = layer_norm(q["norm3"], a * x + linear(q["down"], gelu(linear(q["up"], x))))
+            for norm, sublayer in (
+                (q["norm1"], lambda x, q=q, seen=causal: attention(q["self_attention"], x, x, seen, config.heads)),
+                (q["norm2"], lambda x, q=q, m=memory: attention(q["cross_attention"], x, m, True, config.heads)),
+                (q["norm3"], lambda x, q=q: linear(q["down"], gelu(linear(q["up"], x)))),
+            ):
+                pre = config.norm == "pre"
+                x = x + sublayer(layer_norm(norm, x)) if pre else layer_norm(norm, a * x + sublayer(x))
+        if config.norm == "pre":
+            x = layer_norm(p["final_norm"], x)
         songs.append(linear(p["head"], x).reshape(len(song), layout.streams, layout.id_space))
     return np.stack(songs)[..., : layout.pad + 1]
 

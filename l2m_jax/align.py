@@ -1,0 +1,249 @@
+"""Which word is sung when: cross-attention of a teacher-forced song to the start of every word. After `model`.
+
+    attention_maps   which rows of the memory each frame looks at, head by head         [heads, F, M]
+    word_mass        pieces merged into words, genre and null rows left out             [F, W]
+    word_times       the words in their order, with blanks between, along the best path [W, 2]
+
+Heads differ: some follow the words, others do not. `choose_heads` finds those that do, on songs whose times are known.
+M rows of the memory, W words.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from l2m_jax.config import UserError
+from l2m_jax.data import Record, prompt_rows
+from l2m_jax.model import KINDS, LYRIC, Layer, Memory, Prompt, SoundTransformer
+from l2m_jax.tokens import AnyArray, Layout, padded_length
+
+BLANK = 0.2  # share of a look that a word must get to be taken for sung: below it nothing is
+MOST = 6  # heads that are chosen at most
+Head = tuple[int, int]  # layer and head
+
+
+class Teacher(NamedTuple):
+    """A song that is sung already, and what it was sung from."""
+
+    codes: Int[np.ndarray, "F K"]
+    prompt: Prompt  # of this song alone, [1, S, ...]
+    words: Int[np.ndarray, " M"]  # word of each row of the memory, null rows first; -1 where it is none
+    starts: Float[np.ndarray, " W"] | None = None  # in s, where they are known
+
+
+class Errors(NamedTuple):
+    """How far word starts are from the true ones."""
+
+    words: int
+    median_ms: float
+    mean_ms: float
+    within_100_ms: float  # share of words
+    within_300_ms: float
+
+
+def teacher(record: Record, memory: int) -> Teacher:
+    """The song of a record, for a model whose memory has `memory` rows."""
+    rows = prompt_rows(record.lyric_states, record.section, record.genre_states, memory)
+    prompt = Prompt(*(row[None] for row in rows))
+    starts = record.word_times[:, 0] if len(record.word_times) else None
+    return Teacher(record.codes.astype(np.int32), prompt, memory_words(prompt, record.word), starts)
+
+
+def memory_words(prompt: Prompt, word: Int[np.ndarray, " P"]) -> Int[np.ndarray, " M"]:
+    """Word of each row of the memory, from those of the lyric rows (`EncodedText.word`)."""
+    words = np.full(KINDS + prompt.kind.shape[1], -1, np.int32)
+    words[KINDS:][np.asarray(prompt.kind[0]) == LYRIC] = word
+    return words
+
+
+def attention_maps(
+    model: SoundTransformer,
+    layout: Layout,
+    codes: Int[np.ndarray, "F K"],
+    prompt: Prompt,
+    heads: Sequence[Head] | None = None,
+) -> Float[np.ndarray, "heads F M"]:
+    """How each frame of the song shares its look among the rows of the memory; a row sums to 1.
+
+    Of the given heads, or of all, in order of layer and head. A frame's positions are averaged. UserError where the
+    song is longer than the window.
+    """
+    return np.stack([one for _, one in _each_map(model, layout, codes, prompt, heads)])
+
+
+def _each_map(
+    model: SoundTransformer, layout: Layout, codes: np.ndarray, prompt: Prompt, heads: Sequence[Head] | None = None
+) -> Iterator[tuple[Head, np.ndarray]]:
+    """One after the other, so that no more is in memory than one layer's queries and what the caller keeps."""
+    if len(codes) > layout.frames:
+        raise UserError(f"the song has {len(codes)} frames; allowed: the model's window of {layout.frames}")
+    length = padded_length(layout.length(len(codes)))
+    memory = model.memory(prompt, jnp.ones((1, KINDS), bool))
+    x = model.embed(jnp.asarray(layout.encode(codes).ids[None, :length]), layout.place(jnp.arange(length)))
+    for depth in range(1 + max((layer for layer, _ in heads), default=-1) if heads is not None else model.depth):
+        x, queries, keys = _look(_layer(model, depth), x, memory)
+        for head in range(queries.shape[1]):
+            if heads is None or (depth, head) in heads:
+                share = queries.shape[1] // keys.shape[1]  # query heads of a key head
+                weights = frame_weights(queries[0, head], keys[0, head // share], memory.seen[0], _positions(layout))
+                yield (depth, head), np.asarray(weights)[: len(codes)]
+
+
+def _layer(model: SoundTransformer, depth: int) -> Layer:
+    return model.layers[depth] if isinstance(model.layers, nnx.List) else jax.tree.map(lambda p: p[depth], model.layers)
+
+
+def _positions(layout: Layout) -> int:
+    """Positions of a frame: those that say its codes, or in `delay` the one that says its first."""
+    return layout.codebooks // layout.streams
+
+
+@jax.jit
+def _look(layer: Layer, x: Array, memory: Memory) -> tuple[Array, Array, Array]:
+    return layer.look(x, memory)
+
+
+@functools.partial(jax.jit, static_argnames="positions")
+def frame_weights(
+    queries: Float[Array, "T H"], keys: Float[Array, "M H"], seen: Bool[Array, " M"], positions: int
+) -> Float[Array, "F M"]:
+    """Attention weights of one head, the mean over each frame's `positions`; T that do not fill a frame are dropped."""
+    frames = len(queries) // positions
+    scores = jnp.einsum("th,mh->tm", queries, keys, preferred_element_type=jnp.float32) * queries.shape[-1] ** -0.5
+    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
+    return weights[: frames * positions].reshape(frames, positions, -1).mean(1)
+
+
+def word_mass(maps: Float[np.ndarray, "heads F M"], words: Int[np.ndarray, " M"]) -> Float[np.ndarray, "F W"]:
+    """The share of its look that each frame gives to each word: the mean over heads, the sum over the word's pieces."""
+    rows = np.flatnonzero(words >= 0)
+    mass = np.zeros((maps.shape[1], words.max(initial=-1) + 1), np.float32)
+    np.add.at(mass.T, words[rows], maps.mean(0)[:, rows].T)
+    return mass
+
+
+def word_times(
+    maps: Float[np.ndarray, "heads F M"], words: Int[np.ndarray, " M"], frame_rate: float, blank: float = BLANK
+) -> Float[np.ndarray, "W 2"]:
+    """Start and end of every word in seconds: dynamic time warping of words against frames.
+
+    Words come in their order, each for a frame at least; between them, before and after may be stretches in which
+    nothing is sung. Of all such paths this is the one with the most attention on it, where blanks count as `blank`.
+    A chorus that comes again has rows of its own, later in the memory: its words are no other case.
+    """
+    mass = word_mass(maps, words)
+    (frames, count), fold = mass.shape, 1
+    if not count or not frames:
+        return np.zeros((count, 2), np.float32)
+    if count > frames:  # more words than frames: some share one
+        fold = -(-count // frames)
+        mass = mass.repeat(fold, axis=0)
+    path = _best_path(mass, blank)
+    starts = np.searchsorted(path, np.arange(1, 2 * count, 2))  # the path never goes back
+    ends = np.searchsorted(path, np.arange(1, 2 * count, 2), side="right")
+    return (np.stack([starts, ends], axis=1) / (fold * frame_rate)).astype(np.float32)
+
+
+def word_starts(
+    maps: Float[np.ndarray, "heads F M"], words: Int[np.ndarray, " M"], frame_rate: float
+) -> Float[np.ndarray, " W"]:
+    """Where every word begins, in seconds; see `word_times`."""
+    return word_times(maps, words, frame_rate)[:, 0]
+
+
+def _best_path(mass: np.ndarray, blank: float) -> np.ndarray:
+    """State of each frame, [F]: word w is state 2 w + 1, the blanks around it are 2 w and 2 w + 2. Viterbi."""
+    frames, count = mass.shape
+    gain = np.full((frames, 2 * count + 1), blank, np.float32)
+    gain[:, 1::2] = mass
+    best = np.full(2 * count + 3, -np.inf)  # two states before the first, so that every state has two before it
+    best[2:4] = gain[0, :2]
+    skips = np.where(np.arange(2 * count + 1) % 2, 0.0, -np.inf)  # a word may follow the word before, a blank may not
+    came = np.zeros(gain.shape, np.int8)  # states that were stepped over
+    for frame in range(1, frames):
+        choices = np.stack([best[2:], best[1:-1], best[:-2] + skips])
+        came[frame] = choices.argmax(0)
+        best[2:] = choices.max(0) + gain[frame]
+    state = 2 * count if best[-1] >= best[-2] else 2 * count - 1
+    path = np.zeros(frames, np.int64)
+    for frame in range(frames - 1, -1, -1):
+        path[frame] = state
+        state -= came[frame, state]
+    return path
+
+
+def align_song(
+    model: SoundTransformer, layout: Layout, song: Teacher, heads: Sequence[Head], frame_rate: float
+) -> Float[np.ndarray, "W 2"]:
+    """Start and end of every word in seconds, by the attention of the given heads."""
+    return word_times(attention_maps(model, layout, song.codes, song.prompt, heads), song.words, frame_rate)
+
+
+def alignment_errors(starts: Float[np.ndarray, " W"], truth: Float[np.ndarray, " W"]) -> Errors:
+    """How far the starts are from the truth, both in seconds; songs may stand one after the other."""
+    errors = 1000 * np.abs(np.asarray(starts, np.float64) - truth)
+    if not len(errors):
+        return Errors(0, *4 * (float("nan"),))
+    return Errors(
+        len(errors),
+        *map(float, (np.median(errors), errors.mean(), np.mean(errors <= 100), np.mean(errors <= 300))),
+    )
+
+
+def choose_heads(
+    model: SoundTransformer, layout: Layout, songs: Sequence[Teacher], frame_rate: float
+) -> tuple[list[Head], Errors]:
+    """The heads that follow the words best, and the errors of all of them together on these songs.
+
+    Each head alone aligns the songs; of the best ones, by their mean error, as many are taken (at most `MOST`) as
+    together err least. Songs without times have no say, unless none has any: then the most diagonal head is taken.
+    UserError where there are no words.
+    """
+    timed = [song for song in songs if song.starts is not None and len(song.starts)]
+    if not any((song.words >= 0).any() for song in songs):
+        raise UserError("no song has words: heads are chosen on songs with lyrics, best with times (words.csv)")
+    scores: dict[Head, list[np.ndarray]] = {}
+    for song in timed or songs:
+        for head, one in _each_map(model, layout, song.codes, song.prompt):
+            if song.starts is None:
+                score = -float(diagonality(jnp.asarray(word_mass(one[None], song.words))))
+            else:
+                score = np.abs(word_starts(one[None], song.words, frame_rate) - song.starts)
+            scores.setdefault(head, []).append(np.atleast_1d(score))
+    ranked = sorted(scores, key=lambda head: float(np.concatenate(scores[head]).mean()))[:MOST]
+    if not timed:
+        return ranked[:1], alignment_errors(np.zeros(0), np.zeros(0))
+    maps = [dict(_each_map(model, layout, song.codes, song.prompt, ranked)) for song in timed]
+    truth = np.concatenate([song.starts for song in timed if song.starts is not None])
+    found = []
+    for count in range(1, len(ranked) + 1):
+        starts = [
+            word_starts(np.stack([one[head] for head in ranked[:count]]), song.words, frame_rate)
+            for song, one in zip(timed, maps)
+        ]
+        found.append((sorted(ranked[:count]), alignment_errors(np.concatenate(starts), truth)))
+    return min(found, key=lambda choice: choice[1].mean_ms)
+
+
+def diagonality(mass: Float[AnyArray, "*heads F R"]) -> Float[Array, "*heads"]:
+    """How much the attention goes forward with the song: 1 where it never goes back, 0 where it does not care.
+
+    Of two looks drawn at random, each at a frame and a row by its mass, at different frames and rows: the chance that
+    the later one is at the later row, minus the chance that it is at the earlier (Goodman and Kruskal's gamma). It
+    asks for an order and not for a straight line, so that rests and long notes do not lower it. Rows are words or
+    pieces of words, in their order; those that are none have no mass.
+    """
+    mass = jnp.asarray(mass)
+    before = jnp.cumsum(mass, -2) - mass  # of each row, at earlier frames
+    lower = jnp.cumsum(before, -1) - before
+    higher = before.sum(-1, keepdims=True) - before - lower
+    forth, back = (mass * lower).sum((-2, -1)), (mass * higher).sum((-2, -1))
+    return (forth - back) / jnp.maximum(forth + back, jnp.finfo(mass.dtype).tiny)
