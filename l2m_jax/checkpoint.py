@@ -25,17 +25,18 @@ from l2m_jax.model import SoundTransformer
 
 
 class RunInfo(NamedTuple):
-    """What config.json says: the config, and of the dataset what it was prepared with and its genres."""
+    """What config.json says: the config, and of the dataset what it was prepared with, its genres and fingerprint."""
 
     config: Config
     made_with: MadeWith
     genres: list[str]
+    songs: str = ""  # `Dataset.fingerprint`; runs of before it was kept have none
 
 
 def write_run(run: Path, info: RunInfo) -> None:
     """Makes the run folder and its config.json."""
     content = {"l2m_jax": "run", "config": to_json(info.config), "made_with": info.made_with._asdict()}
-    content["genres"] = info.genres
+    content |= {"genres": info.genres, "songs": info.songs}
     write_atomic(run / "config.json", (json.dumps(content, indent=2) + "\n").encode())
 
 
@@ -47,10 +48,10 @@ def read_run(run: Path) -> RunInfo:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         made_with = MadeWith(**content["made_with"])
-        values, genres = content["config"], list(content["genres"])
+        values, genres, songs = content["config"], list(content["genres"]), str(content.get("songs", ""))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not the config of a run ({error})") from None
-    return RunInfo(from_json(Config, values, str(path)), made_with, genres)
+    return RunInfo(from_json(Config, values, str(path)), made_with, genres, songs)
 
 
 def open_checkpoints(run: Path, keep: int) -> ocp.training.Checkpointer:

@@ -77,7 +77,9 @@ def error_rates(recogniser: Recogniser, lyrics: Sequence[str], heard: Sequence[s
         try:
             said = [recogniser.pipeline.tokenizer.phonemize(text) for text in asked]
         except (ImportError, RuntimeError) as error:
-            raise UserError(f"{recogniser.name} writes phonemes: pip install phonemizer, and espeak ({error})") from None
+            raise UserError(
+                f"{recogniser.name} writes phonemes: pip install phonemizer, and espeak ({error})"
+            ) from None
         heard_words = list(heard)
     else:
         said, heard_words = [normalise(text) for text in asked], [normalise(text) for text in heard]

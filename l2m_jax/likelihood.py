@@ -21,7 +21,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float
 
-from l2m_jax.bootstrap import Estimate, estimate
+from l2m_jax.bootstrap import estimate
 from l2m_jax.data import Dataset, Example, Record, prompt_rows
 from l2m_jax.lyrics import normalise_genre, parse_lyrics
 from l2m_jax.model import Prompt, SoundTransformer
@@ -104,7 +104,7 @@ def choose_donors(texts: Sequence[Text]) -> list[Donors]:
 def nats_of_targets(
     model: SoundTransformer, batch: Example, keep: Bool[Array, "B kinds"], layout: Layout, chunk: int
 ) -> Float[Array, "B T J"]:
-    """Cross-entropy of each target, 0 where it is PAD: what `train.losses` sums, `chunk` positions' logits at a time."""
+    """Cross-entropy of each target, 0 of PAD: what `train.losses` sums. `chunk` positions' logits at a time."""
     ids, targets = jnp.asarray(batch.ids), jnp.asarray(batch.targets)
     memory = model.memory(Prompt(batch.states, batch.kind, batch.section, batch.position), keep)
     hidden = model.hidden(ids, layout.place(jnp.arange(ids.shape[1])), memory)
@@ -157,53 +157,51 @@ def measure(
 
 
 def summarise(songs: Sequence[SongBits]) -> dict[str, Any]:
-    """All figures of the songs as JSON values, intervals over songs."""
+    """All figures of the songs, those over all songs as `Estimate`s.
+
+    Bits per code are of all codes of all songs, so that a long song counts for more than a short one; bits per sung
+    word are summed over codebooks and the frames from the word's start to its end.
+    """
     codes = np.stack([s.codes for s in songs])  # [N, C, K]
-    ends, words = np.stack([s.end for s in songs]), np.stack([s.words for s in songs])
+    words, ends = np.stack([s.words for s in songs]), np.stack([s.end for s in songs])  # [N, C]
     frames, sung = (np.array([getattr(s, name) for s in songs], float) for name in ("frames", "sung"))
-    books = codes.shape[2]
-    index = {name: c for c, name in enumerate(CONDITIONS)}
-    gains = {}
-    for name, against in GAINS.items():
-        more, right = index[against], index["right"]
-        gains[name] = {
-            "bits_per_code": _told(estimate((codes[:, more] - codes[:, right]).sum(-1), frames * books)),
-            "bits_per_code_of_codebook": [
-                _told(estimate(codes[:, more, k] - codes[:, right, k], frames)) for k in range(books)
-            ],
-            "bits_per_sung_word": _told(estimate(words[:, more] - words[:, right], sung)),
-        }
+    index, books = {name: c for c, name in enumerate(CONDITIONS)}, range(codes.shape[2])
+
+    def per_code(bits: Float[np.ndarray, "N K"]) -> dict[str, Any]:
+        apart = [estimate(bits[:, k], frames) for k in books]
+        return {"all_codebooks": estimate(bits.sum(1), frames * len(books)), "each_codebook": apart}
+
+    gains = {name: (index[against], index["right"]) for name, against in GAINS.items()}
     return {
         "songs": len(songs),
-        "codes": int(frames.sum()) * books,
+        "codes": int(frames.sum()) * len(books),
+        "sung_words": int(sung.sum()),
         "songs_cut": sum(s.cut > 0 for s in songs),
         "frames_outside_of_the_window": sum(s.cut for s in songs),
-        "sung_words": int(sung.sum()),
-        "bits_per_code": {n: _told(estimate(codes[:, c].sum(-1), frames * books)) for n, c in index.items()},
-        "bits_per_code_of_codebook": {
-            n: [_told(estimate(codes[:, c, k], frames)) for k in range(books)] for n, c in index.items()
-        },
-        "bits_of_the_end": {n: _told(estimate(ends[:, c])) for n, c in index.items()},
-        "gains": gains,
-        "over_time": _over_time(songs, index),
+        "bits_per_code": {name: per_code(codes[:, c]) for name, c in index.items()},
+        "bits_of_the_end": {name: estimate(ends[:, c]) for name, c in index.items()},
+        "gain_per_code": {name: per_code(codes[:, a] - codes[:, b]) for name, (a, b) in gains.items()},
+        "gain_per_sung_word": {name: estimate(words[:, a] - words[:, b], sung) for name, (a, b) in gains.items()},
+        "over_time": _over_time(songs),
     }
 
 
-def _told(value: Estimate | None) -> dict[str, Any] | None:
-    return None if value is None else {"value": value.value, "interval": [value.low, value.high], "songs": value.songs}
-
-
-def _over_time(songs: Sequence[SongBits], index: dict[str, int]) -> dict[str, Any]:
-    longest = max(len(s.stretch_frames) for s in songs)
-    frames = np.stack([np.pad(s.stretch_frames, (0, longest - len(s.stretch_frames))) for s in songs])  # [N, Z]
-    bits = np.stack([np.pad(s.stretches, ((0, 0), (0, longest - len(s.stretch_frames)))) for s in songs])  # [N, C, Z]
-    books = songs[0].codes.shape[1]
-    points = {
-        name: [None if (e := estimate(bits[:, c, z], frames[:, z] * books)) is None else e.value for z in range(longest)]
-        for name, c in index.items()
+def _over_time(songs: Sequence[SongBits]) -> dict[str, Any]:
+    """Bits per code in each stretch of the songs' time, NaN where no song has such a condition."""
+    most = max(len(s.stretch_frames) for s in songs)
+    frames, bits, count = np.zeros((len(CONDITIONS), most)), np.zeros((len(CONDITIONS), most)), np.zeros(most, int)
+    for song in songs:
+        here = len(song.stretch_frames)
+        known = np.isfinite(song.stretches)
+        bits[:, :here] += np.where(known, song.stretches, 0)
+        frames[:, :here] += known * song.stretch_frames
+        count[:here] += 1
+    points = bits / np.where(frames > 0, frames * songs[0].codes.shape[1], np.nan)
+    return {
+        "starts_s": [STRETCH * z for z in range(most)],
+        "songs": count.tolist(),
+        "bits_per_code": dict(zip(CONDITIONS, points.tolist())),
     }
-    starts = [STRETCH * z for z in range(longest)]
-    return {"seconds": starts, "songs": (frames > 0).sum(0).tolist(), "bits_per_code": points}
 
 
 def _window(layout: Layout, frames: int) -> Layout:

@@ -49,8 +49,3 @@ def score(songs: Sequence[Sung]) -> dict[str, Any]:
         "right_number_of_notes": estimate(np.array([float(len(s.notes) == len(s.asked)) for s in songs])),
         "songs_without_a_mistake": estimate(np.array([float(song.names == song.asked) for song in songs])),
     }
-
-
-def onset_errors(song: Sung, starts: Float[np.ndarray, " W"]) -> Float[np.ndarray, " W"] | None:
-    """How much later than `starts` (seconds, a word each) the notes begin; None where they are not one a word."""
-    return np.array([note.start for note in song.notes]) - starts if len(song.notes) == len(starts) else None

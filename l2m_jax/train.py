@@ -148,7 +148,7 @@ def train(
     layout, mesh = make_layout(config.model), make_mesh(config.mesh)
     micro = config.train.batch // config.train.accumulate
     check_divides(mesh, micro, config.model.heads, config.model.width, layout.positions)
-    prepare_run(run, RunInfo(config, dataset.made_with, dataset.genres), console)
+    prepare_run(run, RunInfo(config, dataset.made_with, dataset.genres, dataset.fingerprint), console)
     report_cut(dataset, config, console)
 
     def init() -> TrainState:
