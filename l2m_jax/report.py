@@ -15,6 +15,7 @@ from rich.text import Text
 from l2m_jax.audio import write_atomic
 from l2m_jax.bootstrap import Estimate
 from l2m_jax.picture import draw_bars, draw_confusion, draw_lines
+from l2m_jax.progress import say
 from l2m_jax.song import write_json
 
 SHOWN = {"right": "right lyrics and genre", "shuffled_lyrics": "shuffled lyrics", "no_lyrics": "no lyrics"}
@@ -44,13 +45,14 @@ def write_report(out: Path, figures: dict[str, Any], console: Console | None = N
     text += [f"![{name}]({name})" for name in plots]
     write_atomic(out / "evaluation.md", ("\n\n".join(text) + "\n").encode())
     for table in tables:
-        shown = RichTable(box=SIMPLE_HEAD, title=Text(table.title), title_justify="left", padding=(0, 1, 0, 0))
+        say(console, table.title)
+        shown = RichTable(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for i, heading in enumerate(table.head):
             shown.add_column(Text(heading), justify="right" if i else "left")
         for row in table.rows:
             shown.add_row(*map(Text, row))
         Console(file=console.file, width=max(console.width, 110)).print(shown)  # off a terminal rich takes 80
-    console.print(f"written: {out}/evaluation.json, evaluation.md, {', '.join(plots)}", soft_wrap=True, markup=False)
+    say(console, f"written in {out}: {', '.join(['evaluation.json', 'evaluation.md', *plots])}")
 
 
 def plain(value: Any) -> Any:
