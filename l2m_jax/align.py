@@ -10,7 +10,9 @@ M rows of the memory, W words.
 
 from __future__ import annotations
 
+import collections
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -25,9 +27,17 @@ from l2m_jax.data import Record, prompt_rows
 from l2m_jax.model import KINDS, LYRIC, Layer, Memory, Prompt, SoundTransformer
 from l2m_jax.tokens import AnyArray, Layout, padded_length
 
-BLANK = 0.2  # share of a look that a word must get to be taken for sung: below it nothing is
+BLANKS = (0.2, 0.3, 0.4, 0.5, 0.6)  # of which the best is chosen
+BLANK = 0.4
 MOST = 6  # heads that are chosen at most
 Head = tuple[int, int]  # layer and head
+
+
+class Reading(NamedTuple):
+    """How the words are read from a model's attention."""
+
+    heads: tuple[Head, ...]
+    blank: float = BLANK  # share of a look that a word must get to be taken for sung: below it nothing is
 
 
 class Teacher(NamedTuple):
@@ -131,7 +141,7 @@ def word_mass(maps: Float[np.ndarray, "heads F M"], words: Int[np.ndarray, " M"]
 
 
 def word_times(
-    maps: Float[np.ndarray, "heads F M"], words: Int[np.ndarray, " M"], frame_rate: float, blank: float = BLANK
+    maps: Float[np.ndarray, "heads F M"], words: Int[np.ndarray, " M"], frame_rate: float, blank: float
 ) -> Float[np.ndarray, "W 2"]:
     """Start and end of every word in seconds: dynamic time warping of words against frames.
 
@@ -150,13 +160,6 @@ def word_times(
     starts = np.searchsorted(path, np.arange(1, 2 * count, 2))  # the path never goes back
     ends = np.searchsorted(path, np.arange(1, 2 * count, 2), side="right")
     return (np.stack([starts, ends], axis=1) / (fold * frame_rate)).astype(np.float32)
-
-
-def word_starts(
-    maps: Float[np.ndarray, "heads F M"], words: Int[np.ndarray, " M"], frame_rate: float
-) -> Float[np.ndarray, " W"]:
-    """Where every word begins, in seconds; see `word_times`."""
-    return word_times(maps, words, frame_rate)[:, 0]
 
 
 def _best_path(mass: np.ndarray, blank: float) -> np.ndarray:
@@ -181,10 +184,11 @@ def _best_path(mass: np.ndarray, blank: float) -> np.ndarray:
 
 
 def align_song(
-    model: SoundTransformer, layout: Layout, song: Teacher, heads: Sequence[Head], frame_rate: float
+    model: SoundTransformer, layout: Layout, song: Teacher, reading: Reading, frame_rate: float
 ) -> Float[np.ndarray, "W 2"]:
-    """Start and end of every word in seconds, by the attention of the given heads."""
-    return word_times(attention_maps(model, layout, song.codes, song.prompt, heads), song.words, frame_rate)
+    """Start and end of every word in seconds. UserError where the song is longer than the window."""
+    maps = attention_maps(model, layout, song.codes, song.prompt, reading.heads)
+    return word_times(maps, song.words, frame_rate, reading.blank)
 
 
 def alignment_errors(starts: Float[np.ndarray, " W"], truth: Float[np.ndarray, " W"]) -> Errors:
@@ -200,37 +204,40 @@ def alignment_errors(starts: Float[np.ndarray, " W"], truth: Float[np.ndarray, "
 
 def choose_heads(
     model: SoundTransformer, layout: Layout, songs: Sequence[Teacher], frame_rate: float
-) -> tuple[list[Head], Errors]:
+) -> tuple[Reading, Errors]:
     """The heads that follow the words best, and the errors of all of them together on these songs.
 
-    Each head alone aligns the songs; of the best ones, by their mean error, as many are taken (at most `MOST`) as
-    together err least. Songs without times have no say, unless none has any: then the most diagonal head is taken.
-    UserError where there are no words.
+    Each head alone aligns the songs; of the best ones, by their mean error, as many are taken (at most `MOST`), with
+    that blank, as together err least. Songs without times have no say, unless none has any: then the most diagonal
+    head is taken. UserError where there are no words.
     """
-    timed = [song for song in songs if song.starts is not None and len(song.starts)]
-    if not any((song.words >= 0).any() for song in songs):
+    timed = [(song, song.starts) for song in songs if song.starts is not None and len(song.starts)]
+    songs = [song for song in songs if (song.words >= 0).any()]
+    if not songs:
         raise UserError("no song has words: heads are chosen on songs with lyrics, best with times (words.csv)")
-    scores: dict[Head, list[np.ndarray]] = {}
-    for song in timed or songs:
-        for head, one in _each_map(model, layout, song.codes, song.prompt):
-            if song.starts is None:
-                score = -float(diagonality(jnp.asarray(word_mass(one[None], song.words))))
-            else:
-                score = np.abs(word_starts(one[None], song.words, frame_rate) - song.starts)
-            scores.setdefault(head, []).append(np.atleast_1d(score))
-    ranked = sorted(scores, key=lambda head: float(np.concatenate(scores[head]).mean()))[:MOST]
+    scores: dict[Head, list[float]] = collections.defaultdict(list)
     if not timed:
-        return ranked[:1], alignment_errors(np.zeros(0), np.zeros(0))
-    maps = [dict(_each_map(model, layout, song.codes, song.prompt, ranked)) for song in timed]
-    truth = np.concatenate([song.starts for song in timed if song.starts is not None])
-    found = []
-    for count in range(1, len(ranked) + 1):
+        for song in songs:
+            for head, one in _each_map(model, layout, song.codes, song.prompt):
+                scores[head].append(-float(diagonality(word_mass(one[None], song.words))))
+        return Reading((min(scores, key=lambda head: sum(scores[head])),)), alignment_errors(np.zeros(0), np.zeros(0))
+
+    truth = np.concatenate([starts for _, starts in timed])
+    for song, starts in timed:
+        for head, one in _each_map(model, layout, song.codes, song.prompt):
+            found = word_times(one[None], song.words, frame_rate, BLANK)[:, 0]
+            scores[head] += np.abs(found - starts).tolist()
+    ranked = sorted(scores, key=lambda head: sum(scores[head]))[:MOST]
+    maps = [dict(_each_map(model, layout, song.codes, song.prompt, ranked)) for song, _ in timed]
+    choices = []
+    for count, blank in itertools.product(range(1, len(ranked) + 1), BLANKS):
+        chosen = sorted(ranked[:count])
         starts = [
-            word_starts(np.stack([one[head] for head in ranked[:count]]), song.words, frame_rate)
-            for song, one in zip(timed, maps)
+            word_times(np.stack([one[head] for head in chosen]), song.words, frame_rate, blank)[:, 0]
+            for (song, _), one in zip(timed, maps)
         ]
-        found.append((sorted(ranked[:count]), alignment_errors(np.concatenate(starts), truth)))
-    return min(found, key=lambda choice: choice[1].mean_ms)
+        choices.append((Reading(tuple(chosen), blank), alignment_errors(np.concatenate(starts), truth)))
+    return min(choices, key=lambda choice: choice[1].mean_ms)
 
 
 def diagonality(mass: Float[AnyArray, "*heads F R"]) -> Float[Array, "*heads"]:
