@@ -14,16 +14,17 @@ import numpy as np
 from jaxtyping import Float
 from rich.console import Console
 
-from l2m_jax.align import Head, align_song, alignment_errors, choose_heads, teacher
+from l2m_jax.align import Reading, align_song, alignment_errors, choose_heads, teacher
 from l2m_jax.bootstrap import estimate
 from l2m_jax.checkpoint import load_model
 from l2m_jax.config import EvaluateConfig, UserError
-from l2m_jax.data import Dataset, MadeWith, read_manifest
+from l2m_jax.data import Dataset, read_manifest
 from l2m_jax.heard import Recogniser
 from l2m_jax.likelihood import measure, summarise
 from l2m_jax.listening import evaluate_songs, spread
 from l2m_jax.progress import Bar, say
 from l2m_jax.singer import Singer, load
+from l2m_jax.songs import Song, scan_songs
 
 CHOOSING = 16  # songs at most on which heads are chosen: every head aligns each of them
 
@@ -41,11 +42,9 @@ def open_held_out(run: Path, data: Path, step: int | None = None, codec: str = "
 
     UserError where they do not fit each other. A dataset that the run was trained on is warned of.
     """
-    dataset = Dataset(data)
-    singer = load(run, step, codec, text_encoder)
-    _check_origin(dataset, singer.info.made_with, run)
-    dataset.check(singer.info.config.model)
-    warnings = []
+    Dataset(data)  # before the run is loaded, which takes longer
+    singer, warnings = load(run, step, codec, text_encoder), []
+    dataset = _open(data, singer)
     if singer.info.songs == dataset.fingerprint:
         warnings.append(f"{data} holds the songs that {run} was trained on: these figures are not of held-out songs")
     return HeldOut(singer, dataset, warnings)
@@ -66,6 +65,8 @@ def evaluate(
     """
     console = console or Console()
     singer, dataset, warnings = held_out
+    choosing = None if valid is None else _open(valid, singer)
+    compared = None if reference is None else _open_reference(reference, singer)
     figures: dict[str, Any] = {
         "l2m_jax": "evaluation",
         "run": str(singer.run),
@@ -80,22 +81,35 @@ def evaluate(
     }
     for warning in warnings:
         say(console, f"warning: {warning}")
-    heads: list[Head] = []
+    reading = None
     if "likelihood" in settings.only:
         figures["likelihood"] = _likelihood(singer, dataset, settings.batch, console)
     if "alignment" in settings.only:
-        figures["alignment"], heads = _alignment(singer, dataset, valid, console)
+        figures["alignment"], reading = _alignment(singer, dataset, choosing, console)
     if "generation" in settings.only:
-        figures["generation"] = evaluate_songs(singer, dataset, settings, out, reference, heads, recogniser, console)
+        figures["generation"] = evaluate_songs(singer, dataset, settings, out, compared, reading, recogniser, console)
     return figures
 
 
-def _check_origin(dataset: Dataset, made_with: MadeWith, run: Path) -> None:
-    if apart := dataset.made_with.differences(made_with):
+def _open(folder: Path, singer: Singer) -> Dataset:
+    dataset = Dataset(folder)
+    if apart := dataset.made_with.differences(singer.info.made_with):
         raise UserError(
-            f"{dataset.folder} was prepared with other encoders than the songs of {run} ({'; '.join(apart)}): "
+            f"{folder} was prepared with other encoders than the songs of {singer.run} ({'; '.join(apart)}): "
             "prepare its songs the same way"
         )
+    dataset.check(singer.info.config.model)
+    return dataset
+
+
+def _open_reference(folder: Path, singer: Singer) -> Dataset | list[Song]:
+    """A prepared dataset, or the songs of a folder of songs."""
+    if (folder / "songs.jsonl").exists():
+        return _open(folder, singer)
+    songs, bad = scan_songs(folder)
+    if not songs:
+        raise UserError(f"--reference {folder}: not one song can be used; {bad[0].id}: {bad[0].reason}")
+    return songs
 
 
 def _likelihood(singer: Singer, dataset: Dataset, batch: int, console: Console) -> dict[str, Any]:
@@ -107,45 +121,40 @@ def _likelihood(singer: Singer, dataset: Dataset, batch: int, console: Console) 
 
 
 def _alignment(
-    singer: Singer, dataset: Dataset, valid: Path | None, console: Console
-) -> tuple[dict[str, Any], list[Head]]:
+    singer: Singer, dataset: Dataset, valid: Dataset | None, console: Console
+) -> tuple[dict[str, Any], Reading | None]:
     """Word starts of the held-out songs by the heads that are best on other songs; without word times a note."""
     songs, choosing, chosen_on = _timed(dataset, singer), dataset, f"{dataset.folder}, a fifth of its songs"
     if valid is None:
         chosen, songs = songs[::5], np.delete(songs, np.s_[::5])
     else:
-        choosing, chosen_on = Dataset(valid), str(valid)
-        _check_origin(choosing, singer.info.made_with, singer.run)
-        choosing.check(singer.info.config.model)
-        chosen = _timed(choosing, singer)
-        if not len(chosen):
-            raise UserError(f"--valid {valid}: no song has word times and fits the window; attention needs them")
+        choosing, chosen_on, chosen = valid, str(valid.folder), _timed(valid, singer)
     if not len(chosen) or not len(songs):
-        note = "none: two songs with word times (words.csv) that fit the model's window are needed"
+        note = f"none: songs with word times (words.csv) are needed, of {chosen_on} too, that fit the model's window"
         say(console, f"alignment: {note}")
-        return {"note": note}, []
+        return {"note": note}, None
     rate, memory = singer.codec.frame_rate, singer.info.config.model.memory
     with Bar(console, "word starts", len(songs), "songs") as bar:
         bar.update(0, "choosing heads")
         teachers = [teacher(choosing[int(i)], memory) for i in spread(chosen, CHOOSING)]
-        heads, chosen_errors = choose_heads(singer.model, singer.layout, teachers, rate)
+        reading, chosen_errors = choose_heads(singer.model, singer.layout, teachers, rate)
         found, even, truth = [], [], []
         for i in songs:
             song, seconds = teacher(dataset[int(i)], memory), float(dataset[int(i)].seconds)
             assert song.starts is not None  # _timed chose it
-            found.append(align_song(singer.model, singer.layout, song, heads, rate)[:, 0])
+            found.append(align_song(singer.model, singer.layout, song, reading, rate)[:, 0])
             even.append(np.linspace(0, seconds, len(song.starts), endpoint=False))
             truth.append(song.starts)
             bar.update(len(found))
     figures = {
         "songs": len(songs),
         "songs_left_out": len(dataset) - len(songs) - (len(chosen) if valid is None else 0),
-        "heads": [list(head) for head in heads],
+        **reading._asdict(),
         "chosen_on": {"songs": len(teachers), "data": chosen_on, "errors": chosen_errors._asdict()},
         "attention": _errors(found, truth),
         "evenly_spread_words": _errors(even, truth),
     }
-    return figures, heads
+    return figures, reading
 
 
 def _timed(dataset: Dataset, singer: Singer) -> np.ndarray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 from rich.console import Console
 
-from l2m_jax.align import Head, align_song, alignment_errors, teacher
+from l2m_jax.align import Reading, align_song, alignment_errors, teacher
 from l2m_jax.audio import read_audio, write_atomic
 from l2m_jax.bootstrap import estimate
 from l2m_jax.codec import decode
@@ -31,7 +31,7 @@ from l2m_jax.progress import Bar
 from l2m_jax.request import Request
 from l2m_jax.singer import Singer
 from l2m_jax.song import read_npz
-from l2m_jax.songs import scan_songs
+from l2m_jax.songs import Song
 from l2m_jax.stop import StopSignal
 from l2m_jax.sung import Sung, is_solfege, listen, score
 
@@ -41,6 +41,7 @@ MOST_KNOWN = 512  # songs of the reference that are listened to
 class Known(NamedTuple):
     """Songs that others are compared with."""
 
+    name: str
     genres: list[str]
     features: Float[np.ndarray, "M D"]
     windows: list[Float[np.ndarray, "_ E"]]
@@ -73,17 +74,17 @@ def evaluate_songs(
     dataset: Dataset,
     settings: EvaluateConfig,
     out: Path,
-    reference: Path | None,
-    heads: Sequence[Head],
+    reference: Dataset | list[Song] | None,
+    reading: Reading | None,
     recogniser: Recogniser | None,
     console: Console,
 ) -> dict[str, Any]:
     """Sings held-out lyrics into `out`/songs, those that are not there yet, and hears what was sung.
 
-    By `heads` of the attention, where there are any, words are found in solfege songs. UserError where the reference
+    By `reading` of the attention, where it is given, words are found in solfege songs. UserError where the reference
     cannot be used, or no song could be sung; SystemExit with a signal's status where it ends the singing.
     """
-    known = None if reference is None else _read_reference(reference, singer, console)
+    known = None if reference is None else _hear_reference(reference, singer, console)
     indices = spread(np.arange(len(dataset)), settings.songs)
     asked = [Asked(int(i), f"{i + 1:05d}", dataset[int(i)]) for i in indices]
     asked, failed = _sing(singer, asked, settings, out, console)
@@ -97,23 +98,16 @@ def evaluate_songs(
             true = _mono(decode(singer.codec, one.record.codes))
             ceiling.append(_hear(true, singer, one, solfege, recogniser))
             ended.append(float(json.loads(file.with_suffix(".json").read_text("utf-8"))["ended_by_itself"]))
-            starts.append(_word_starts(singer, one, file, heads) if solfege and len(heads) else None)
+            starts.append(_word_starts(singer, one, file, reading) if solfege and reading else None)
             if len(generated) <= settings.pictures:
-                _draw(
-                    out / "songs" / f"{one.name}.png", samples, singer.codec.rate, one, generated[-1].sung, starts[-1]
-                )
+                _draw(file.with_suffix(".png"), samples, singer.codec.rate, one, generated[-1].sung, starts[-1])
             bar.update(len(generated))
     compared = known or _as_known(asked, ceiling)
     figures: dict[str, Any] = {
         "songs": len(asked),
         "failed": failed,
         "solfege": solfege,
-        "reference": {
-            "data": f"{dataset.folder}, its songs that are sung, each without itself"
-            if known is None
-            else str(reference),
-            "songs": len(compared.genres),
-        },
+        "reference": {"data": compared.name, "songs": len(compared.genres)},
         "generated": {"ended_by_themselves": estimate(np.array(ended))},
         "ceiling": {},
     }
@@ -156,34 +150,28 @@ def _sing(
     return sung, failed
 
 
-def _read_reference(folder: Path, singer: Singer, console: Console) -> Known:
-    """Genres and features of the songs of a prepared dataset or of a folder of songs."""
-    if (folder / "songs.jsonl").exists():
-        dataset = Dataset(folder)
-        if apart := dataset.made_with.differences(singer.info.made_with):
-            raise UserError(f"--reference {folder} was prepared with other encoders ({'; '.join(apart)})")
-        records = map(dataset.__getitem__, spread(np.arange(len(dataset)), MOST_KNOWN))
-        sounds: Iterator[tuple[str, np.ndarray]] = ((r.genre, _mono(decode(singer.codec, r.codes))) for r in records)
-        total = min(len(dataset), MOST_KNOWN)
-    else:
-        songs = np.array(scan_songs(folder)[0], object)
-        if not len(songs):
-            raise UserError(f"--reference {folder}: neither a prepared dataset nor a folder of songs")
-        total = min(len(songs), MOST_KNOWN)
-        sounds = ((song.genre, read_audio(song.audio, singer.codec.rate)) for song in spread(songs, MOST_KNOWN))
-    found: list[tuple[str, np.ndarray, np.ndarray]] = []
-    with Bar(console, "listening to the reference", total, "songs") as bar:
-        for genre, samples in sounds:
-            rate = singer.codec.rate
-            found.append((normalise_genre(genre), song_features(samples, rate), window_features(samples, rate)))
+def _hear_reference(reference: Dataset | list[Song], singer: Singer, console: Console) -> Known:
+    """Genres and features of the songs, of a dataset as the codec reconstructs them."""
+    rate, found = singer.codec.rate, []
+    chosen = spread(np.arange(len(reference)), MOST_KNOWN)
+    with Bar(console, "listening to the reference", len(chosen), "songs") as bar:
+        for i in chosen:
+            song = reference[int(i)]
+            if isinstance(song, Record):
+                samples = _mono(decode(singer.codec, song.codes))
+            else:
+                samples = read_audio(song.audio, rate)
+            found.append((normalise_genre(song.genre), song_features(samples, rate), window_features(samples, rate)))
             bar.update(len(found))
+    name = reference.folder if isinstance(reference, Dataset) else reference[0].folder.parent
     genres, features, windows = zip(*found)
-    return Known(list(genres), np.stack(features), list(windows))
+    return Known(str(name), list(genres), np.stack(features), list(windows))
 
 
 def _as_known(asked: Sequence[Asked], ceiling: Sequence[Heard]) -> Known:
     """The reconstructions themselves as what songs are compared with."""
-    return Known([one.genre for one in asked], np.stack([h.features for h in ceiling]), [h.windows for h in ceiling])
+    name, genres = "the true ones of these songs, each without itself", [one.genre for one in asked]
+    return Known(name, genres, np.stack([h.features for h in ceiling]), [h.windows for h in ceiling])
 
 
 def _mono(samples: Float[np.ndarray, "T ..."]) -> Float[np.ndarray, " T"]:
@@ -202,11 +190,11 @@ def _hear(
     )
 
 
-def _word_starts(singer: Singer, asked: Asked, file: Path, heads: Sequence[Head]) -> Float[np.ndarray, " W"]:
+def _word_starts(singer: Singer, asked: Asked, file: Path, reading: Reading) -> Float[np.ndarray, " W"]:
     """Where attention has the words of a song that was sung."""
     song = teacher(asked.record, singer.info.config.model.memory)
     song = song._replace(codes=read_npz(file.with_suffix(".npz"))[0], starts=None)
-    return align_song(singer.model, singer.layout, song, heads, singer.codec.frame_rate)[:, 0]
+    return align_song(singer.model, singer.layout, song, reading, singer.codec.frame_rate)[:, 0]
 
 
 def _figures(

@@ -118,6 +118,7 @@ def _alignment(found: dict[str, Any]) -> Table:
 
     chosen = found["chosen_on"]
     heads = ", ".join(f"layer {layer} head {head}" for layer, head in found["heads"])
+    heads += f", blank {found['blank']}"
     rows = [
         row(f"held-out songs ({found['songs']})", found["attention"]),
         row(f"the songs of the choice ({chosen['songs']})", chosen["errors"]),
@@ -154,7 +155,7 @@ def _generation(found: dict[str, Any]) -> list[Table]:
     ):
         add(f"{name}, median ms", key, "median_ms")
         add(f"{name}, share within 100 ms", key, "within_100_ms")
-    reference = f"{found['reference']['songs']} songs of {found['reference']['data']}"
+    reference = f"{found['reference']['data']} ({found['reference']['songs']})"
     failed = f", {found['failed']} more could not be sung" if found["failed"] else ""
     title = f"{found['songs']} songs sung from held-out lyrics{failed}; genre and distance against {reference}"
     return [Table(title, ("", "generated [95 %]", "the codec's ceiling [95 %]"), rows)]
