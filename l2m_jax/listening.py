@@ -42,6 +42,7 @@ class Known(NamedTuple):
     """Songs that others are compared with."""
 
     name: str
+    own: list[int]  # index of each in the held-out dataset; -1 where they are others
     genres: list[str]
     features: Float[np.ndarray, "M D"]
     windows: list[Float[np.ndarray, "_ E"]]
@@ -84,10 +85,10 @@ def evaluate_songs(
     By `reading` of the attention, where it is given, words are found in solfege songs. UserError where the reference
     cannot be used, or no song could be sung; SystemExit with a signal's status where it ends the singing.
     """
-    known = None if reference is None else _hear_reference(reference, singer, console)
     indices = spread(np.arange(len(dataset)), settings.songs)
     asked = [Asked(int(i), f"{i + 1:05d}", dataset[int(i)]) for i in indices]
-    asked, failed = _sing(singer, asked, settings, out, console)
+    asked, failed = _sing(singer, asked, settings, out)
+    known = _hear_reference(dataset if reference is None else reference, dataset, singer, console)
     solfege = all(is_solfege(one.record.lyrics) for one in asked)
     generated, ceiling, ended, starts = [], [], [], []
     with Bar(console, "listening", len(asked), "songs") as bar:
@@ -102,17 +103,18 @@ def evaluate_songs(
             if len(generated) <= settings.pictures:
                 _draw(file.with_suffix(".png"), samples, singer.codec.rate, one, generated[-1].sung, starts[-1])
             bar.update(len(generated))
-    compared = known or _as_known(asked, ceiling)
     figures: dict[str, Any] = {
         "songs": len(asked),
         "failed": failed,
         "solfege": solfege,
-        "reference": {"data": compared.name, "songs": len(compared.genres)},
+        "reference": {"data": known.name, "songs": len(known.genres)},
         "generated": {"ended_by_themselves": estimate(np.array(ended))},
         "ceiling": {},
     }
     for name, heard in (("generated", generated), ("ceiling", ceiling)):
-        figures[name] |= _figures(heard, asked, compared, known is None, name, recogniser)
+        figures[name] |= _figures(heard, asked, known, recogniser)
+    if known.own[0] >= 0:
+        figures["ceiling"]["frechet"]["distance"] = None  # from songs that it is of itself
     if solfege:
         truth = [one.record.word_times[:, 0] if len(one.record.word_times) else None for one in asked]
         figures["ceiling"]["note_starts_against_word_times"] = _starts_errors(ceiling, truth)
@@ -126,9 +128,7 @@ def spread(items: np.ndarray, most: int) -> np.ndarray:
     return items[np.unique(np.linspace(0, len(items) - 1, min(most, len(items))).astype(int))]
 
 
-def _sing(
-    singer: Singer, asked: list[Asked], settings: EvaluateConfig, out: Path, console: Console
-) -> tuple[list[Asked], int]:
+def _sing(singer: Singer, asked: list[Asked], settings: EvaluateConfig, out: Path) -> tuple[list[Asked], int]:
     """Those that are sung, and how many could not be."""
     sampling, path = dataclasses.asdict(settings.sampling), out / "requests.jsonl"
     lines = [
@@ -150,7 +150,7 @@ def _sing(
     return sung, failed
 
 
-def _hear_reference(reference: Dataset | list[Song], singer: Singer, console: Console) -> Known:
+def _hear_reference(reference: Dataset | list[Song], dataset: Dataset, singer: Singer, console: Console) -> Known:
     """Genres and features of the songs, of a dataset as the codec reconstructs them."""
     rate, found = singer.codec.rate, []
     chosen = spread(np.arange(len(reference)), MOST_KNOWN)
@@ -163,15 +163,15 @@ def _hear_reference(reference: Dataset | list[Song], singer: Singer, console: Co
                 samples = read_audio(song.audio, rate)
             found.append((normalise_genre(song.genre), song_features(samples, rate), window_features(samples, rate)))
             bar.update(len(found))
-    name = reference.folder if isinstance(reference, Dataset) else reference[0].folder.parent
     genres, features, windows = zip(*found)
-    return Known(str(name), list(genres), np.stack(features), list(windows))
-
-
-def _as_known(asked: Sequence[Asked], ceiling: Sequence[Heard]) -> Known:
-    """The reconstructions themselves as what songs are compared with."""
-    name, genres = "the true ones of these songs, each without itself", [one.genre for one in asked]
-    return Known(name, genres, np.stack([h.features for h in ceiling]), [h.windows for h in ceiling])
+    name, own = "", [-1] * len(chosen)
+    if not isinstance(reference, Dataset):
+        name = f"the sound of {reference[0].folder.parent}"
+    elif reference.fingerprint != dataset.fingerprint:
+        name = f"the codec's reconstructions of {reference.folder}"
+    else:
+        name, own = f"those of {dataset.folder}, each without itself", chosen.tolist()
+    return Known(name, own, list(genres), np.stack(features), list(windows))
 
 
 def _mono(samples: Float[np.ndarray, "T ..."]) -> Float[np.ndarray, " T"]:
@@ -201,20 +201,17 @@ def _figures(
     heard: Sequence[Heard],
     asked: Sequence[Asked],
     known: Known,
-    among_themselves: bool,
-    name: str,
     recogniser: Recogniser | None,
 ) -> dict[str, Any]:
     """Notes, genre, distance and words; None where the songs do not have such."""
     windows, others = np.concatenate([h.windows for h in heard]), np.concatenate(known.windows)
-    itself = among_themselves and name == "ceiling"
     lyrics, words = [one.record.lyrics for one in asked], [h.words for h in heard]
     sung = [h.sung for h in heard if h.sung is not None]
     return {
         "notes": score(sung) if sung else None,
-        "genre": _genres(heard, asked, known, among_themselves),
+        "genre": _genres(heard, asked, known),
         "frechet": {
-            "distance": None if itself else frechet(windows, others),  # from itself it would be 0
+            "distance": frechet(windows, others),
             "windows": len(windows),
             "reference_windows": len(others),
             "embedding": EMBEDDING,
@@ -223,15 +220,13 @@ def _figures(
     }
 
 
-def _genres(
-    heard: Sequence[Heard], asked: Sequence[Asked], known: Known, among_themselves: bool
-) -> dict[str, Any] | None:
+def _genres(heard: Sequence[Heard], asked: Sequence[Asked], known: Known) -> dict[str, Any] | None:
     """Share of songs that sound like their genre, and what they sound like instead; None of less than two genres."""
     names = sorted({genre for genre in known.genres if genre})
     confusion = {genre: dict.fromkeys(names, 0) for genre in names}
     right = []
-    for i, (song, one) in enumerate(zip(heard, asked)):
-        others = [j for j, genre in enumerate(known.genres) if genre and not (among_themselves and j == i)]
+    for song, one in zip(heard, asked):
+        others = [j for j, genre in enumerate(known.genres) if genre and known.own[j] != one.index]
         genres = [known.genres[j] for j in others]
         if one.genre not in genres or len(set(genres)) < 2:
             continue

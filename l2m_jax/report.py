@@ -136,7 +136,9 @@ def _generation(found: dict[str, Any]) -> list[Table]:
             value: Any = found[source]
             for key in path:
                 value = None if value is None else value.get(key)
-            cells.append(_share(value) if isinstance(value, Estimate) else _number(value))
+            cells.append(
+                _share(value) if isinstance(value, Estimate) or path[-1] == "within_100_ms" else _number(value)
+            )
         if cells != [MISSING, MISSING]:
             rows.append([name, *cells])
 

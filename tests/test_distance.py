@@ -13,7 +13,7 @@ RNG = np.random.default_rng(0)
 def test_frechet_of_gaussians_is_the_closed_form():
     a = RNG.standard_normal((4000, 3))
     assert frechet(a, a) == pytest.approx(0, abs=1e-9)
-    shifted, scaled = a + [3, 0, 4], 2 * a
+    shifted, scaled = a + np.array([3, 0, 4]), 2 * a
     assert frechet(a, shifted) == pytest.approx(25)
     trace = np.trace(np.cov(a, rowvar=False))
     assert frechet(a - a.mean(0), scaled - scaled.mean(0)) == pytest.approx(trace)  # (2 - 1)^2 of each variance

@@ -31,12 +31,12 @@ FIGURES = {
         "gain_per_code": dict.fromkeys(GAINS, PER_CODE),
         "gain_per_sung_word": dict.fromkeys(GAINS, SOME),
         "over_time": {
-            "starts_s": [0.0, 5.0], "songs": [4, 1], "bits_per_code": dict.fromkeys(CONDITIONS, [1.0, float("nan")])
+            "starts_s": [0.0, 5.0], "songs": [4, 1], "bits_per_code": {name: [1.0, float("nan")] for name in CONDITIONS}
         },
     },
     "alignment": {
         "songs": 3, "songs_left_out": 0, "heads": ((0, 1),), "blank": 0.4, "attention": ERRORS,
-        "chosen_on": {"songs": 1, "data": "a fifth", "errors": ERRORS | dict.fromkeys(("within_100_ms", "within_300_ms"), 0.5)},
+        "chosen_on": {"songs": 1, "data": "a fifth", "errors": ERRORS | {"within_100_ms": 0.5, "within_300_ms": 0.5}},
         "evenly_spread_words": ERRORS,
     },
     "generation": {
