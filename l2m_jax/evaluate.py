@@ -24,6 +24,7 @@ from l2m_jax.likelihood import measure, summarise
 from l2m_jax.listening import evaluate_songs, spread
 from l2m_jax.progress import Bar, say
 from l2m_jax.singer import Singer, load
+from l2m_jax.song import check_output
 from l2m_jax.songs import Song, scan_songs
 
 CHOOSING = 16  # songs at most on which heads are chosen: every head aligns each of them
@@ -61,12 +62,13 @@ def evaluate(
 ) -> dict[str, Any]:
     """The figures of all parts in `settings.only`; songs are sung into `out`, where those that are there stay.
 
-    UserError where `valid` or `reference` cannot be used; SystemExit with a signal's status where it ends the singing.
+    UserError where `valid` or `reference` cannot be used, or `out` cannot be written; SystemExit with a signal's status where it ends the singing.
     """
     console = console or Console()
     singer, dataset, warnings = held_out
     choosing = None if valid is None else _open(valid, singer)
     compared = None if reference is None else _open_reference(reference, singer)
+    check_output(out / "song.wav")
     figures: dict[str, Any] = {
         "l2m_jax": "evaluation",
         "run": str(singer.run),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from rich.console import Console
 
 from l2m_jax.align import Reading, align_song, alignment_errors, teacher
@@ -82,8 +82,8 @@ def evaluate_songs(
 ) -> dict[str, Any]:
     """Sings held-out lyrics into `out`/songs, those that are not there yet, and hears what was sung.
 
-    By `reading` of the attention, where it is given, words are found in solfege songs. UserError where the reference
-    cannot be used, or no song could be sung; SystemExit with a signal's status where it ends the singing.
+    By `reading` of the attention, where it is given, words are found in solfege songs. UserError where no song could be
+    sung; SystemExit with a signal's status where it ends the singing.
     """
     indices = spread(np.arange(len(dataset)), settings.songs)
     asked = [Asked(int(i), f"{i + 1:05d}", dataset[int(i)]) for i in indices]
@@ -94,12 +94,14 @@ def evaluate_songs(
     with Bar(console, "listening", len(asked), "songs") as bar:
         for one in asked:
             file = out / "songs" / f"{one.name}.wav"
-            samples = read_audio(file, singer.codec.rate)
+            codes = read_npz(file.with_suffix(".npz"))[0]
+            # A song may have ended before it began: that is heard as silence.
+            samples = read_audio(file, singer.codec.rate) if len(codes) else np.zeros(1, np.float32)
             generated.append(_hear(samples, singer, one, solfege, recogniser))
             true = _mono(decode(singer.codec, one.record.codes))
             ceiling.append(_hear(true, singer, one, solfege, recogniser))
             ended.append(float(json.loads(file.with_suffix(".json").read_text("utf-8"))["ended_by_itself"]))
-            starts.append(_word_starts(singer, one, file, reading) if solfege and reading else None)
+            starts.append(_word_starts(singer, one, codes, reading) if solfege and reading and len(codes) else None)
             if len(generated) <= settings.pictures:
                 _draw(file.with_suffix(".png"), samples, singer.codec.rate, one, generated[-1].sung, starts[-1])
             bar.update(len(generated))
@@ -190,10 +192,11 @@ def _hear(
     )
 
 
-def _word_starts(singer: Singer, asked: Asked, file: Path, reading: Reading) -> Float[np.ndarray, " W"]:
+def _word_starts(
+    singer: Singer, asked: Asked, codes: Int[np.ndarray, "F K"], reading: Reading
+) -> Float[np.ndarray, " W"]:
     """Where attention has the words of a song that was sung."""
-    song = teacher(asked.record, singer.info.config.model.memory)
-    song = song._replace(codes=read_npz(file.with_suffix(".npz"))[0], starts=None)
+    song = teacher(asked.record, singer.info.config.model.memory)._replace(codes=codes, starts=None)
     return align_song(singer.model, singer.layout, song, reading, singer.codec.frame_rate)[:, 0]
 
 

@@ -83,7 +83,7 @@ def test_each_codebook_and_stretch_has_its_own_bits(songs, monkeypatch):
     assert figures["bits_of_the_end"]["right"].value == pytest.approx(known, rel=1e-6)
     assert figures["bits_of_the_end"]["right"].songs == 6 and figures["songs_cut"] == 2
     assert figures["frames_outside_of_the_window"] == 4 + 8 and figures["sung_words"] == 2
-    assert figures["over_time"]["songs"] == [8, 8, 8, 7, 4, 1][: len(figures["over_time"]["songs"])] or True
+    assert figures["over_time"]["songs"][:3] == [8, 8, 8]  # 20 frames are 0.27 s
     np.testing.assert_allclose(figures["over_time"]["bits_per_code"]["right"], known, rtol=1e-6)
     assert figures["codes"] == 2 * sum(min(20 + 4 * i, 40) for i in range(8))
 
