@@ -62,7 +62,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """The figures of all parts in `settings.only`; songs are sung into `out`, where those that are there stay.
 
-    UserError where `valid` or `reference` cannot be used, or `out` cannot be written; SystemExit with a signal's status where it ends the singing.
+    UserError where `valid` or `reference` cannot be used, or `out` cannot be written; SystemExit with a signal's status
+    where it ends the singing.
     """
     console = console or Console()
     singer, dataset, warnings = held_out

@@ -49,7 +49,7 @@ def test_nats_are_what_training_sums(songs, layout):
     batch = Example(*map(np.stack, zip(*(make_example(songs[i], layout, 10) for i in (0, 6)))))
     keep = jnp.array([[True, True], [False, True]])
     nats = nats_of_targets(model, batch, keep, layout, chunk=32)
-    totals = losses(model, batch, keep, layout, 64, False)
+    totals = losses(model, batch, keep, layout, 64, CONFIG.train.remat)
     assert nats.shape == batch.targets.shape
     error = float(jnp.abs(nats.sum((0, 1)) / totals.nats - 1).max())
     print(f"relative error {error:.1e}; tolerance 1e-6")
@@ -63,7 +63,7 @@ def test_songs_are_measured_in_any_window_as_in_the_whole_one(songs, layout):
     found = measure(model, layout, songs, [0, 6], batch=1)
     for bits, i in zip(found, (0, 6)):
         batch = Example(*(x[None] for x in make_example(songs[i], layout, 10)))
-        totals = losses(model, batch, jnp.ones((1, 2), bool), layout, 64, False)
+        totals = losses(model, batch, jnp.ones((1, 2), bool), layout, 64, CONFIG.train.remat)
         sums = bits.codes[0].sum() + np.nan_to_num(bits.end[0])
         assert sums == pytest.approx(float(totals.nats.sum()) / np.log(2), rel=1e-5)
         assert bits.frames == min(20 + 4 * i, 40) and bits.cut == (4 if i else 0) and np.isnan(bits.end[0]) == (i > 0)
