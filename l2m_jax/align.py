@@ -1,4 +1,4 @@
-"""Which word is sung when: cross-attention of a teacher-forced song to the start of every word. After `model`.
+"""Which word is sung when: cross-attention of a teacher-forced song to the start of every word. After `follow`.
 
     attention_maps   which rows of the memory each frame looks at, head by head         [heads, F, M]
     word_mass        pieces merged into words, genre and null rows left out             [F, W]
@@ -11,7 +11,6 @@ M rows of the memory, W words.
 from __future__ import annotations
 
 import collections
-import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -20,12 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from l2m_jax.config import UserError
 from l2m_jax.data import Record, prompt_rows
+from l2m_jax.follow import diagonality, frame_weights, positions_of_a_frame
 from l2m_jax.model import KINDS, LYRIC, Layer, Memory, Prompt, SoundTransformer
-from l2m_jax.tokens import AnyArray, Layout, padded_length
+from l2m_jax.tokens import Layout, padded_length
 
 BLANKS = (0.2, 0.3, 0.4, 0.5, 0.6)  # of which the best is chosen
 BLANK = 0.4
@@ -97,13 +97,14 @@ def _each_map(
         raise UserError(f"the song has {len(codes)} frames; allowed: the model's window of {layout.frames}")
     length = padded_length(layout.length(len(codes)))
     memory = model.memory(prompt, jnp.ones((1, KINDS), bool))
+    positions = positions_of_a_frame(layout)
     x = model.embed(jnp.asarray(layout.encode(codes).ids[None, :length]), layout.place(jnp.arange(length)))
     for depth in range(1 + max((layer for layer, _ in heads), default=-1) if heads is not None else model.depth):
         x, queries, keys = _look(_layer(model, depth), x, memory)
         for head in range(queries.shape[1]):
             if heads is None or (depth, head) in heads:
                 share = queries.shape[1] // keys.shape[1]  # query heads of a key head
-                weights = frame_weights(queries[0, head], keys[0, head // share], memory.seen[0], _positions(layout))
+                weights = frame_weights(queries[0, head], keys[0, head // share], memory.seen[0], positions)
                 yield (depth, head), np.asarray(weights)[: len(codes)]
 
 
@@ -111,25 +112,9 @@ def _layer(model: SoundTransformer, depth: int) -> Layer:
     return model.layers[depth] if isinstance(model.layers, nnx.List) else jax.tree.map(lambda p: p[depth], model.layers)
 
 
-def _positions(layout: Layout) -> int:
-    """Positions of a frame: those that say its codes, or in `delay` the one that says its first."""
-    return layout.codebooks // layout.streams
-
-
 @jax.jit
 def _look(layer: Layer, x: Array, memory: Memory) -> tuple[Array, Array, Array]:
     return layer.look(x, memory)
-
-
-@functools.partial(jax.jit, static_argnames="positions")
-def frame_weights(
-    queries: Float[Array, "T H"], keys: Float[Array, "M H"], seen: Bool[Array, " M"], positions: int
-) -> Float[Array, "F M"]:
-    """Attention weights of one head, the mean over each frame's `positions`; T that do not fill a frame are dropped."""
-    frames = len(queries) // positions
-    scores = jnp.einsum("th,mh->tm", queries, keys, preferred_element_type=jnp.float32) * queries.shape[-1] ** -0.5
-    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
-    return weights[: frames * positions].reshape(frames, positions, -1).mean(1)
 
 
 def word_mass(maps: Float[np.ndarray, "heads F M"], words: Int[np.ndarray, " M"]) -> Float[np.ndarray, "F W"]:
@@ -238,19 +223,3 @@ def choose_heads(
         ]
         choices.append((Reading(tuple(chosen), blank), alignment_errors(np.concatenate(starts), truth)))
     return min(choices, key=lambda choice: choice[1].mean_ms)
-
-
-def diagonality(mass: Float[AnyArray, "*heads F R"]) -> Float[Array, "*heads"]:
-    """How much the attention goes forward with the song: 1 where it never goes back, 0 where it does not care.
-
-    Of two looks drawn at random, each at a frame and a row by its mass, at different frames and rows: the chance that
-    the later one is at the later row, minus the chance that it is at the earlier (Goodman and Kruskal's gamma). It
-    asks for an order and not for a straight line, so that rests and long notes do not lower it. Rows are words or
-    pieces of words, in their order; those that are none have no mass.
-    """
-    mass = jnp.asarray(mass)
-    before = jnp.cumsum(mass, -2) - mass  # of each row, at earlier frames
-    lower = jnp.cumsum(before, -1) - before
-    higher = before.sum(-1, keepdims=True) - before - lower
-    forth, back = (mass * lower).sum((-2, -1)), (mass * higher).sum((-2, -1))
-    return (forth - back) / jnp.maximum(forth + back, jnp.finfo(mass.dtype).tiny)

@@ -1,68 +1,161 @@
-"""Scaled dot-product attention whose memory grows with T, not with T squared. After `data`, before `model`.
+"""Attention of whole sequences, by the platform that it is for, and of single steps to a cache. After `blockwise`.
 
 Heads stand before positions, [B, N, T, H]: a decode step then reads each head's cache as one contiguous block.
+K key heads are shared by N / K query heads each, one after the other (grouped queries: Ainslie et al., 2023).
+
+A CPU runs `blockwise_attention`, a TPU Pallas splash attention, a GPU cuDNN's. The accelerators' paths have not run on
+hardware yet: the TPU's kernel is tested by interpreting it on a CPU, the GPU's call by lowering it.
 """
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-BLOCK = 512  # queries at a time: scores of 512 x 18,432 float32 are 36 MiB a head
-PARTS = 8  # stretches of queries that see only the keys up to their own end: 9/16 of the square instead of all of it
+from l2m_jax.blockwise import KEPT, blockwise_attention
+
+SMALL = 1 << 22  # scores (16 MiB) up to which the plain formula is taken
+LANES = 128  # what the TPU's kernel wants head width and positions to be multiples of
+SONGS, HEADS, POSITIONS = ("data", "fsdp"), ("tensor",), ("context",)  # axes of the mesh
 
 
 def attend(
     q: Float[Array, "B N Q H"],
-    k: Float[Array, "B N C H"],
-    v: Float[Array, "B N C H"],
-    seen: Bool[Array, "#B 1 #Q C"],
+    k: Float[Array, "B K C H"],
+    v: Float[Array, "B K C H"],
+    seen: Bool[Array, "#B #Q C"],
 ) -> Float[Array, "B N Q H"]:
     """softmax(q k^T / sqrt(H)) v over the keys `seen`, scores and softmax in float32 (Vaswani et al., 2017)."""
-    scores = jnp.einsum("bnqh,bnch->bnqc", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
-    return jnp.einsum("bnqc,bnch->bnqh", weights.astype(v.dtype), v)
+    groups = q.reshape(q.shape[0], k.shape[1], -1, *q.shape[2:])
+    scores = jnp.einsum("bkgqh,bkch->bkgqc", groups, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bkgqc,bkch->bkgqh", weights.astype(v.dtype), v).reshape(q.shape)
 
 
-def causal_attention(
-    q: Float[Array, "B N T H"], k: Float[Array, "B N T H"], v: Float[Array, "B N T H"]
+def attention(
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B K C H"],
+    v: Float[Array, "B K C H"],
+    seen: Bool[Array, "B C"] | None = None,
 ) -> Float[Array, "B N T H"]:
-    """Each position attends to itself and to those before it, `BLOCK` queries at a time, recomputed backwards."""
-    length = q.shape[2]
-    size = next(b for b in (BLOCK, 256, 128, length) if length % b == 0)
-    blocks = length // size
-    ends = [size * (blocks * (part + 1) // min(PARTS, blocks)) for part in range(min(PARTS, blocks))]
-    parts = []
-    for start, end in zip([0, *ends], ends):
-        parts.append(_causal_blocks(q[:, :, start:end], k[:, :, :end], v[:, :, :end], start, size))
-    return jnp.concatenate(parts, axis=2)
+    """`attend` to the keys `seen`, or causally without it, in memory that grows with T and not with T C.
+
+    Under a mesh each device computes its own songs, heads and positions; it gathers the keys and values that its
+    positions see. Axes that do not divide what they would split are left out.
+    """
+    mesh, causal = jax.sharding.get_abstract_mesh(), seen is None
+    songs, positions = _axes(mesh, SONGS, len(q)), _axes(mesh, POSITIONS, q.shape[2])
+    heads, key_heads = _axes(mesh, HEADS, q.shape[1]), _axes(mesh, HEADS, k.shape[1])
+    if heads and not key_heads and _size(mesh, heads) % k.shape[1]:
+        heads = None  # a device's query heads would belong to parts of two groups
+    group = q.shape[1] // k.shape[1]
+
+    def local(q: Array, k: Array, v: Array, seen: Array | None, kernel: Any) -> Array:
+        start = jnp.array(0)
+        if causal and positions:
+            start = jax.lax.axis_index(positions) * q.shape[2]
+            k, v = (jax.lax.all_gather(x, positions, axis=2, tiled=True) for x in (k, v))
+        if heads and not key_heads:
+            mine = jax.lax.axis_index(heads) * q.shape[1] // group
+            k, v = (jax.lax.dynamic_slice_in_dim(x, mine, 1, axis=1) for x in (k, v))
+        return _local(q, k, v, start if causal else None, seen, kernel, whole=not positions)
+
+    if mesh.empty or mesh.size == 1:
+        return local(q, k, v, seen, _splash_kernel(q, k, causal, 1, 1))
+    kernel = _splash_kernel(q, k, causal, _size(mesh, heads), _size(mesh, positions))
+    of_kernel = kernel and kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, positions)))
+    of_keys = PartitionSpec(songs, key_heads, positions if causal else None)
+    of_queries = PartitionSpec(songs, heads, positions)
+    specs = (of_queries, of_keys, of_keys, PartitionSpec(songs), of_kernel)
+    # Pallas calls do not say over which axes their results vary: the check is left out.
+    return jax.shard_map(local, in_specs=specs, out_specs=of_queries, check_vma=False)(q, k, v, seen, kernel)
 
 
-def _causal_blocks(q: Array, k: Array, v: Array, start: int, size: int) -> Array:
-    """Attention of the queries that begin at position `start`, `size` of them at a time."""
-    keys = jnp.arange(k.shape[2])
-
-    @jax.checkpoint
-    def block(i: Array, q_block: Array) -> Array:
-        queries = start + i * size + jnp.arange(size)
-        return attend(q_block, k, v, (keys <= queries[:, None])[None, None])
-
-    count = q.shape[2] // size
-    if count == 1:
-        return block(jnp.array(0), q)
-    split = q.reshape(*q.shape[:2], count, size, q.shape[-1])
-    out = jax.lax.map(lambda x: block(*x), (jnp.arange(count), jnp.moveaxis(split, 2, 0)))
-    return jnp.moveaxis(out, 0, 2).reshape(q.shape)
+def platform() -> str:
+    """Of the mesh that is set, else of this process: a step for TPUs can be compiled where there are none."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
-def to_pages(x: Float[Array, "B N C H"], page: int) -> Float[Array, "P G H"]:
-    """Keys or values of C positions as pages of G: the B N rows of the first page, then those of the second."""
+def _local(q: Array, k: Array, v: Array, start: Array | None, seen: Array | None, kernel: Any, whole: bool) -> Array:
+    """Attention on one device; `start` is the position of its first query, `whole` that it has all of them."""
+    if kernel is not None:
+        return _splash_attention(kernel, q, k, v, seen)
+    width = q.shape[-1]
+    if (
+        platform() == "gpu"
+        and q.dtype.itemsize == 2
+        and width % 8 == 0
+        and width <= 128
+        and start is not None
+        and whole
+    ):
+        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn").swapaxes(1, 2)
+    if q.size // width * k.shape[2] <= SMALL:
+        if seen is not None:
+            return attend(q, k, v, seen[:, None])
+        return attend(q, k, v, (jnp.arange(k.shape[2]) <= start + jnp.arange(q.shape[2])[:, None])[None])
+    return blockwise_attention(q, k, v, start, seen, platform() != "cpu")
+
+
+def _splash_kernel(q: Array, k: Array, causal: bool, head_shards: int, position_shards: int) -> Any:
+    """The TPU's kernel for the shards of a device, or None where it is not a TPU or the shapes do not suit it."""
+    length, keys = q.shape[2], -(-k.shape[2] // LANES) * LANES
+    if platform() != "tpu" or q.shape[3] % LANES or length % (position_shards * LANES) or (causal and length != keys):
+        return None
+    tile_q, tile_k = math.gcd(length // position_shards, 512), math.gcd(keys, 512)
+    mask = splash.CausalMask((length, keys), shard_count=position_shards) if causal else splash.FullMask((length, keys))
+    return splash.make_splash_mha(
+        splash.MultiHeadMask([mask] * (q.shape[1] // head_shards)),
+        block_sizes=splash.BlockSizes(
+            block_q=tile_q,
+            block_kv=tile_k,
+            block_q_dkv=tile_q,
+            block_kv_dkv=tile_k,
+            block_q_dq=tile_q,
+            block_kv_dq=tile_k,
+        ),
+        head_shards=1,
+        q_seq_shards=position_shards,
+        residual_checkpoint_name=KEPT,
+    )
+
+
+def _splash_attention(kernel: Any, q: Array, k: Array, v: Array, seen: Array | None) -> Array:
+    """Keys are padded to whole lanes; keys that are not seen are of another segment than the queries."""
+    q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+    if seen is None:
+        return jax.vmap(kernel)(q, k, v)
+    pad = -k.shape[2] % LANES
+    k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, pad), (0, 0))) for x in (k, v))
+    other = jnp.pad(~seen, ((0, 0), (0, pad)), constant_values=True).astype(jnp.int32)
+    segments = splash.SegmentIds(jnp.zeros((len(q), q.shape[2]), jnp.int32), other)
+    return jax.vmap(kernel)(q, k, v, segments)
+
+
+def _axes(mesh: AbstractMesh, axes: tuple[str, ...], number: int) -> tuple[str, ...] | None:
+    """The axes, where they split and divide `number`."""
+    return axes if _size(mesh, axes) > 1 and number % _size(mesh, axes) == 0 else None
+
+
+def _size(mesh: AbstractMesh, axes: tuple[str, ...] | None) -> int:
+    return math.prod(mesh.shape.get(axis, 1) for axis in axes or ())
+
+
+def to_pages(x: Float[Array, "B K C H"], page: int) -> Float[Array, "P G H"]:
+    """Keys or values of C positions as pages of G: the B K rows of the first page, then those of the second."""
     rows = x.reshape(-1, x.shape[2] // page, page, x.shape[3])
     return rows.swapaxes(0, 1).reshape(-1, page, x.shape[3])
 
 
-def write_page(pages: Float[Array, "P G H"], x: Float[Array, "B N 1 H"], at: Int[Array, ""]) -> Float[Array, "P G H"]:
+def write_page(pages: Float[Array, "P G H"], x: Float[Array, "B K 1 H"], at: Int[Array, ""]) -> Float[Array, "P G H"]:
     """The pages with position `at` set to x: in place, where the pages are the state of a compiled loop."""
     rows, page = x.shape[0] * x.shape[1], pages.shape[1]
     return jax.lax.dynamic_update_slice(
@@ -71,18 +164,19 @@ def write_page(pages: Float[Array, "P G H"], x: Float[Array, "B N 1 H"], at: Int
 
 
 def cached_attention(
-    q: Float[Array, "B N 1 H"], k: Float[Array, "P G H"], v: Float[Array, "P G H"], at: Int[Array, ""]
+    q: Float[Array, "B N 1 H"], k: Float[Array, "P G H"], v: Float[Array, "P G H"], rows: int, at: Int[Array, ""]
 ) -> Float[Array, "B N 1 H"]:
-    """`attend` of the query of position `at` to the pages up to itself; the rest is not yet written.
+    """`attend` of the query of position `at` to the pages up to itself, `rows` = B K of each; the rest is not yet
+    written.
 
     One product a page and row, so that the keys and values are read where they lie: any other shape (and long dot
     products) costs XLA's CPU compiler a copy of the cache, or the second core.
     """
-    rows, page = q.shape[0] * q.shape[1], k.shape[1]
-    tall = jnp.tile(q.reshape(rows, -1), (k.shape[0] // rows, 1))
-    scores = jnp.einsum("ph,pgh->pg", tall, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    scores = scores.reshape(-1, rows, page)
-    position = jnp.arange(scores.shape[0])[:, None, None] * page + jnp.arange(page)
-    weights = jax.nn.softmax(jnp.where(position <= at, scores, -jnp.inf), axis=(0, 2))
-    parts = jnp.einsum("pg,pgh->ph", weights.reshape(-1, page).astype(v.dtype), v)
+    page = k.shape[1]
+    tall = jnp.tile(q.reshape(rows, -1, q.shape[3]), (k.shape[0] // rows, 1, 1))
+    scores = jnp.einsum("pqh,pgh->pqg", tall, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    scores = scores.reshape(-1, rows, tall.shape[1], page)
+    position = jnp.arange(scores.shape[0])[:, None, None, None] * page + jnp.arange(page)
+    weights = jax.nn.softmax(jnp.where(position <= at, scores, -jnp.inf), axis=(0, 3))
+    parts = jnp.einsum("pqg,pgh->pqh", weights.reshape(-1, tall.shape[1], page).astype(v.dtype), v)
     return parts.reshape(-1, *q.shape).sum(0)

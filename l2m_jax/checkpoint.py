@@ -1,7 +1,8 @@
 """A run on disk: its config and its checkpoints. After `optim`, before `log`.
 
 A run folder holds config.json, metrics.jsonl, TensorBoard events and checkpoints/STEP/{model,optimizer}: apart, so that
-sampling loads the model alone. The data position is the step; no iterator state is stored.
+sampling loads the model alone. The data position is the step; no iterator state is stored. A model that `shipped` has
+exported has model.safetensors instead of checkpoints.
 """
 
 from __future__ import annotations
@@ -22,6 +23,12 @@ from l2m_jax.audio import write_atomic
 from l2m_jax.config import Config, UserError, from_json, to_json
 from l2m_jax.data import MadeWith
 from l2m_jax.model import SoundTransformer
+from l2m_jax.published import read_tensors
+from l2m_jax.sharding import path_name
+
+WEIGHTS = "model.safetensors"
+DEFAULT = Path(__file__).parent / "assets" / "solfege_model"
+"""The model that comes with the package, where one does."""
 
 
 class RunInfo(NamedTuple):
@@ -55,7 +62,12 @@ def read_run(run: Path) -> RunInfo:
 
 
 def open_checkpoints(run: Path, keep: int) -> ocp.training.Checkpointer:
-    """The run's checkpoints; the newest `keep` are kept. Close it when done: saving is asynchronous."""
+    """The run's checkpoints; the newest `keep` are kept. Close it when done: saving is asynchronous.
+
+    UserError where the run is an exported model: it has no optimizer to go on with.
+    """
+    if (run / WEIGHTS).exists():
+        raise UserError(f"{run} is an exported model and cannot be trained: name another folder with --run")
     # Any: the policies do not name their arguments as Orbax's own protocols do.
     every: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)  # the trainer decides
     newest: Any = ocp.training.preservation_policies.LatestN(keep)
@@ -105,6 +117,12 @@ def _check_stored(part: Path, wanted: Any) -> None:
 def load_model(run: Path, step: int | None = None) -> tuple[SoundTransformer, RunInfo, int]:
     """The model of a run at `step` (the newest by default) on the first device, for sampling."""
     info = read_run(run)
+    shapes = jax.eval_shape(lambda: SoundTransformer(info.config.model, rngs=nnx.Rngs(0)))
+    if (run / WEIGHTS).exists():
+        model, only = _read_exported(run, shapes)
+        if step not in (None, only):
+            raise UserError(f"{run} has no checkpoint of step {step}; it is an exported model of step {only}")
+        return model, info, only
     folder = run / "checkpoints"
     steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
     if not steps:
@@ -112,10 +130,29 @@ def load_model(run: Path, step: int | None = None) -> tuple[SoundTransformer, Ru
     if step is not None and step not in steps:
         raise UserError(f"{run} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
     chosen = steps[-1] if step is None else step
-    shapes = jax.eval_shape(lambda: SoundTransformer(info.config.model, rngs=nnx.Rngs(0)))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     parts = restore(run, chosen, {"model": shapes}, {"model": jax.tree.map(lambda _: device, shapes)})
     return parts["model"], info, chosen
+
+
+def _read_exported(run: Path, shapes: Any) -> tuple[SoundTransformer, int]:
+    """The model whose weights lie in the folder, in float32, and its step."""
+    tensors = read_tensors(run)
+
+    def read(path: tuple[Any, ...], like: Any) -> jax.Array:
+        found = tensors.get(path_name(path))
+        if found is None or found.shape != like.shape:
+            raise UserError(f"{run / WEIGHTS} is of another model: no {path_name(path)} of shape {like.shape}")
+        return jax.numpy.asarray(found, like.dtype)
+
+    return jax.tree_util.tree_map_with_path(read, shapes), int(tensors.get("step", 0))
+
+
+def default_run() -> Path:
+    """The model that comes with the package; UserError where none does."""
+    if not (DEFAULT / WEIGHTS).is_file():
+        raise UserError("no trained model comes with this version: name the run folder of one, as `make demo` makes it")
+    return DEFAULT
 
 
 def differences(old: Config, new: Config) -> list[str]:

@@ -17,9 +17,11 @@ from typing import Annotated
 
 import tyro
 
+from l2m_jax.commands.align import Align
 from l2m_jax.commands.codec import Codec
 from l2m_jax.commands.decode import Decode
 from l2m_jax.commands.evaluate import Evaluate
+from l2m_jax.commands.export import Export
 from l2m_jax.commands.generate import Generate
 from l2m_jax.commands.inspect import Inspect
 from l2m_jax.commands.prepare import Prepare
@@ -27,7 +29,7 @@ from l2m_jax.commands.solfege import Solfege
 from l2m_jax.commands.train import Train
 from l2m_jax.config import Config, UserError
 
-PRESETS = ("tiny", "small", "base", "large", "demo")
+PRESETS = ("tiny", "small", "base", "large", "demo", "benchmark")
 
 
 def load_preset(name: str) -> Config:
@@ -69,7 +71,9 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(status)
 
 
-def parse(arguments: list[str]) -> Prepare | Inspect | Train | Generate | Evaluate | Decode | Codec | Solfege:
+def parse(
+    arguments: list[str],
+) -> Prepare | Inspect | Train | Generate | Align | Evaluate | Export | Decode | Codec | Solfege:
     """The command of the arguments; a preset gives the defaults of `train`."""
     preset = Config()
     if arguments[:1] == ["train"]:
@@ -83,6 +87,8 @@ def parse(arguments: list[str]) -> Prepare | Inspect | Train | Generate | Evalua
         | Annotated[Train, tyro.conf.subcommand("train", default=train)]
         | Annotated[Generate, tyro.conf.subcommand("generate")]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Align, tyro.conf.subcommand("align")]
+        | Annotated[Export, tyro.conf.subcommand("export")]
         | Annotated[Decode, tyro.conf.subcommand("decode")]
         | Annotated[Codec, tyro.conf.subcommand("codec")]
         | Annotated[Solfege, tyro.conf.subcommand("solfege")]

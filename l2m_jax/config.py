@@ -46,6 +46,9 @@ class ModelConfig:
     """D, model width."""
     heads: int = 4
     """N, attention heads; each is D / N wide."""
+    key_heads: int = 0
+    """Heads of keys and values, each shared by as many query heads; 0 is one a query head. The fewer, the smaller the
+    cache of generation and the faster it is (grouped queries: Ainslie et al., 2023)."""
     layers: int = 4
     """L, layers."""
     norm: Literal["post", "deepnorm", "pre"] = "post"
@@ -59,6 +62,10 @@ class ModelConfig:
             _at_least(f"model.{name}", getattr(self, name), 1)
         if self.width % self.heads:
             raise UserError(f"model.width {self.width} must be a multiple of model.heads {self.heads}")
+        if self.key_heads < 0 or (self.key_heads and self.heads % self.key_heads):
+            raise UserError(
+                f"model.key_heads is {self.key_heads}; allowed: 0, or what divides model.heads {self.heads}"
+            )
         if self.codebooks > 32:
             raise UserError(f"model.codebooks is {self.codebooks}; EnCodec has at most 32")
 
@@ -66,6 +73,11 @@ class ModelConfig:
     def head_width(self) -> int:
         """H."""
         return self.width // self.heads
+
+    @property
+    def key_width(self) -> int:
+        """Width of the keys of a position, and of its values: key heads times H."""
+        return (self.key_heads or self.heads) * self.head_width
 
     @property
     def residual_scale(self) -> float:
@@ -131,7 +143,7 @@ class TrainConfig:
     keep: int = 3
     """Newest checkpoints that are kept."""
     valid_every: int = 200
-    """Steps between losses on --valid songs."""
+    """Steps between losses on --valid songs, and looks at how far the attention follows the words (diagonality)."""
     sample_every: int = 0
     """Steps between sample songs (the first song's prompt) in TensorBoard and RUN/samples; 0 for none."""
     sample_seconds: float = 10.0

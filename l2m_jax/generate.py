@@ -15,6 +15,7 @@ from l2m_jax.audio import pcm16, wav_header, write_wav
 from l2m_jax.codec import decode
 from l2m_jax.config import UserError
 from l2m_jax.ecdc import read_ecdc
+from l2m_jax.lrc import labels, read_reading, time_words, write_lrc
 from l2m_jax.picture import draw_file, draw_spectrograms
 from l2m_jax.progress import Bar, say
 from l2m_jax.request import Line, Request, pack, read_requests
@@ -24,8 +25,12 @@ from l2m_jax.stop import StopSignal
 from l2m_jax.weights import load_codec
 
 
-def sing_one(singer: Singer, request: Request, out: Path | None, picture: bool, stop: StopSignal) -> None:
-    """Sings into OUT.wav and the files beside it, with a picture if asked for; without `out`, into standard output.
+def sing_one(
+    singer: Singer, request: Request, out: Path | None, picture: bool, stop: StopSignal, lrc: bool = False
+) -> None:
+    """Sings into OUT.wav and the files beside it; without `out`, into standard output.
+
+    If asked for, OUT.lrc tells when each word is sung, and a picture shows it, with the words where that is known.
 
     `stop` ends the song where it is: the files, or the sound in the pipe, are then of what was sung.
     """
@@ -43,11 +48,19 @@ def sing_one(singer: Singer, request: Request, out: Path | None, picture: bool, 
             if stop.by:
                 stream.stop(stop.by)
     song = stream.song()
+    warnings, words = song.about["warnings"], []
     if out is not None:
         song.save(out)
+        if lrc or (picture and read_reading(singer.run)):
+            times, warnings = time_words(singer, song.codes, request.lyrics, request.genre)
+            words = labels(request.lyrics, times)
+            if lrc:
+                write_lrc(out.with_suffix(".lrc"), request.lyrics, times)
+            if not song.ended:
+                warnings.append("the song was cut: words that were not sung any more stand at its end")
         if picture:
-            draw_file(out, request.lyrics)
-    for warning in song.about["warnings"]:
+            draw_file(out, request.lyrics, words)
+    for warning in warnings:
         say(console, f"warning: {warning}")
     took = song.about["timings_s"]
     say(

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from rich.console import Console
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue] - generated code
-from tensorboardX.summary import audio, scalar
+from tensorboardX.summary import audio, image, scalar
 
 from l2m_jax.progress import Bar
 
@@ -38,7 +39,7 @@ class Log:
         """One line of metrics.jsonl; every `every` steps TensorBoard and, off a terminal, a printed line."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
-        shown = step % self._every == 0 or "valid_loss" in values
+        shown = step % self._every == 0 or "diagonality" in values
         text = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
         self._bar.update(step + 1, text, line=shown)
         if shown:
@@ -49,6 +50,11 @@ class Log:
     def audio(self, step: int, samples: np.ndarray, rate: int) -> None:
         """A sample song in TensorBoard."""
         self._show(step, summary=audio("sample", np.clip(samples, -1, 1)[:, None], rate))
+
+    def image(self, step: int, looks: Float[np.ndarray, "R F"]) -> None:
+        """In TensorBoard: rows of the lyrics against frames, white where the best head looks; at most 1,024 wide."""
+        looks = looks[:, :: -(-looks.shape[1] // 1024)]
+        self._show(step, summary=image("attention", looks / max(looks.max(initial=0), 1e-6), dataformats="HW"))
 
     def _show(self, step: int, **content: Any) -> None:
         self._board.write_event(Event(wall_time=time.time(), step=step, **content))

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from l2m_jax.attention import attend, cached_attention, causal_attention, write_page
+from l2m_jax.attention import attention, cached_attention, platform, write_page
 from l2m_jax.config import ModelConfig
 from l2m_jax.lyrics import SECTIONS
 from l2m_jax.tokens import AnyArray, Place, make_layout
@@ -47,8 +47,8 @@ class Memory(NamedTuple):
 class KeysValues(NamedTuple):
     """Keys and values, heads before positions."""
 
-    keys: Float[Array, "B N C H"]
-    values: Float[Array, "B N C H"]
+    keys: Float[Array, "B K C H"]
+    values: Float[Array, "B K C H"]
 
 
 class Pages(NamedTuple):
@@ -63,21 +63,21 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, *, rngs: nnx.Rngs):
         plain, gained = _xavier(1.0), _xavier(config.initial_gain)
-        self.heads = config.heads
+        self.head_width, keys = config.head_width, config.key_width
         self.query = _linear(config.width, config.width, plain, dtype, rngs)
-        self.key = _linear(config.width, config.width, plain, dtype, rngs)
-        self.value = _linear(config.width, config.width, gained, dtype, rngs)
+        self.key = _linear(config.width, keys, plain, dtype, rngs)
+        self.value = _linear(config.width, keys, gained, dtype, rngs)
         self.out = _linear(config.width, config.width, gained, dtype, rngs)
 
     def _split(self, x: Array) -> Array:
-        return x.reshape(*x.shape[:2], self.heads, -1).swapaxes(1, 2)
+        return x.reshape(*x.shape[:2], -1, self.head_width).swapaxes(1, 2)
 
     def queries(self, x: Float[Array, "B T D"]) -> Float[Array, "B N T H"]:
         """Queries of each head."""
         return self._split(self.query(x))
 
     def keys_values(self, x: Float[Array, "B T D"]) -> KeysValues:
-        """Keys and values of each head."""
+        """Keys and values of each key head."""
         return KeysValues(self._split(self.key(x)), self._split(self.value(x)))
 
     def merge(self, heads: Float[Array, "B N T H"]) -> Float[Array, "B T D"]:
@@ -129,19 +129,20 @@ class Layer(nnx.Module):
         before = self._before(self.norm1, x)
         new = self.self_attention.keys_values(before)
         cache = Pages(write_page(cache.keys, new.keys, at), write_page(cache.values, new.values, at))
-        attended = cached_attention(self.self_attention.queries(before), *cache, at)
+        rows = new.keys.shape[0] * new.keys.shape[1]
+        attended = cached_attention(self.self_attention.queries(before), *cache, rows, at)
         return self._rest(self._after(self.norm1, x, self.self_attention.merge(attended)), memory, seen), cache
 
     def _sequence(self, x: Array) -> tuple[Array, KeysValues]:
         """Self-attention of the whole sequence."""
         before = self._before(self.norm1, x)
         kept = self.self_attention.keys_values(before)
-        attended = causal_attention(self.self_attention.queries(before), *kept)
+        attended = attention(self.self_attention.queries(before), *kept)
         return self._after(self.norm1, x, self.self_attention.merge(attended)), kept
 
     def _rest(self, x: Array, memory: KeysValues, seen: Array) -> Array:
         """Cross-attention and MLP."""
-        attended = attend(self.cross_attention.queries(self._before(self.norm2, x)), *memory, seen[:, None, None])
+        attended = attention(self.cross_attention.queries(self._before(self.norm2, x)), *memory, seen)
         x = self._after(self.norm2, x, self.cross_attention.merge(attended))
         return self._after(self.norm3, x, self.down(jax.nn.gelu(self.up(self._before(self.norm3, x)))))
 
@@ -236,7 +237,7 @@ def _slices(layers: Layer, depth: int) -> list[Layer]:
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
     """What products are computed in: float32 on CPU, bfloat16 on accelerators, unless the config says."""
-    auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    auto = "float32" if platform() == "cpu" else "bfloat16"
     return jnp.dtype(auto if config.dtype == "auto" else config.dtype)
 
 

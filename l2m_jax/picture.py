@@ -31,13 +31,18 @@ def draw_song(
     rows: dict[str, Sequence[Label]] | None = None,
     title: str = "",
 ) -> None:
-    """Waveform, spectrogram, rows of labels at their times, and the lyrics under it, as a PNG."""
+    """Waveform, spectrogram, rows of labels at their times, and the lyrics under it, as a PNG.
+
+    A song with labels is the wider the longer it is; labels that would stand in each other's way are put lower.
+    """
     plt = _pyplot()
     rows = rows or {}
     seconds = len(samples) / rate
-    heights = [1, 3, *(0.35 for _ in rows)]
+    width = min(max(11, seconds / 4), 40) if any(rows.values()) else 11
+    lows = {name: stagger(words, 0.1 * seconds / width) for name, words in rows.items()}
+    heights = [1, 3, *(0.35 + 0.2 * max(low, default=0) for low in lows.values())]
     figure, axes = plt.subplots(
-        len(heights), 1, figsize=(11, 1.5 * sum(heights) / 1.2), height_ratios=heights, sharex=True, squeeze=False
+        len(heights), 1, figsize=(width, 1.5 * sum(heights) / 1.2), height_ratios=heights, sharex=True, squeeze=False
     )
     wave, spectrum, *labels = axes[:, 0]
     wave.plot(np.arange(len(samples)) / rate, samples, linewidth=0.4, color="#245a8d")
@@ -45,11 +50,13 @@ def draw_song(
     wave.set_title(title, parse_math=False)
     _spectrogram(spectrum, samples, rate)
     for axis, (name, words) in zip(labels, rows.items()):
-        axis.set(ylim=(0, 1), yticks=[], ylabel="")
+        lines = 1 + max(lows[name], default=0)
+        axis.set(ylim=(lines, 0), yticks=[], ylabel="")
         axis.text(-0.01, 0.5, name, transform=axis.transAxes, ha="right", va="center", fontsize=9)
-        for word in words:
-            axis.axvspan(word.start, word.end, color="#d5e5f5")
-            axis.text((word.start + word.end) / 2, 0.5, word.text, ha="center", va="center", fontsize=9, clip_on=True)
+        for word, low in zip(words, lows[name]):
+            height = 1 - (low + 1) / lines, 1 - low / lines
+            axis.axvspan(word.start, word.end, *height, facecolor="#d5e5f5", edgecolor="white")
+            axis.text(word.start, low + 0.5, word.text, va="center", fontsize=9, clip_on=True, parse_math=False)
     axes[-1, 0].set(xlim=(0, max(seconds, 0.01)), xlabel="seconds")
     lines = [line for line in lyrics.splitlines() if line.strip()]
     shown = lines if len(lines) <= 12 else [*lines[:11], f"... {len(lines) - 11} more lines"]
@@ -115,9 +122,21 @@ def draw_confusion(path: Path, tables: dict[str, dict[str, dict[str, int]]]) -> 
     _save(plt, figure, path)
 
 
-def draw_file(song: Path, lyrics: str) -> None:
-    """song.png beside song.wav."""
-    draw_song(song.with_suffix(".png"), read_audio(song, 24_000), 24_000, lyrics, title=song.name)
+def draw_file(song: Path, lyrics: str, words: Sequence[Label] = (), out: Path | None = None) -> None:
+    """song.png, or `out`, of a file of sound, with the words at their times where they are known."""
+    rows = {"words": words} if words else {}
+    draw_song(out or song.with_suffix(".png"), read_audio(song, 24_000), 24_000, lyrics, rows, song.name)
+
+
+def stagger(labels: Sequence[Label], letter: float) -> list[int]:
+    """Row of each label, from 0: the first in which none before it reaches its start; a letter takes `letter` s."""
+    ends: list[float] = []
+    found = []
+    for label in labels:
+        row = next((i for i, end in enumerate(ends) if end <= label.start), len(ends))
+        ends[row : row + 1] = [max(label.end, label.start + letter * (len(label.text) + 1))]
+        found.append(row)
+    return found
 
 
 def _spectrogram(axis: Any, samples: np.ndarray, rate: int) -> None:

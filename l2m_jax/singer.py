@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from l2m_jax import sample
-from l2m_jax.checkpoint import RunInfo, load_model
+from l2m_jax.checkpoint import RunInfo, default_run, load_model
 from l2m_jax.codec import Codec, decode, decode_chunk, decoder_state
 from l2m_jax.compiled import keep_compiled
 from l2m_jax.config import UserError
@@ -97,14 +97,17 @@ class Singer:
         return [songs[i] for i in range(len(requests))]
 
 
-def load(run: str | Path, step: int | None = None, codec: str = "", text_encoder: str = "") -> Singer:
+def load(run: str | Path | None = None, step: int | None = None, codec: str = "", text_encoder: str = "") -> Singer:
     """The newest (or given) checkpoint of a run, with its codec and its text encoder, or those named.
+
+    Without a run: the model that comes with the package.
 
     Compiled programs are kept for the next process. UserError where the run is none, or codec or text encoder are not
     those that it was trained with.
     """
     keep_compiled()
-    model, info, step = load_model(Path(run), step)
+    run = default_run() if run is None else Path(run)
+    model, info, step = load_model(run, step)
     made = info.made_with
     encoders = Encoders(codec or made.codec, made.codebooks, text_encoder or made.text_encoder, made.text_layer)
     encoders = encoders._replace(text_backend=made.text_backend)  # codes of torch's codec are ours: the weights are
@@ -112,7 +115,7 @@ def load(run: str | Path, step: int | None = None, codec: str = "", text_encoder
     if apart := made.differences(signature(encoders, *loaded)):
         raise UserError(f"{run} was trained with another origin of codes or states ({'; '.join(apart)})")
     # The loop wants the layers apart; made so once, their weights are in memory once.
-    return Singer(Path(run), step, info, model.unstacked(), make_layout(info.config.model), *loaded)
+    return Singer(run, step, info, model.unstacked(), make_layout(info.config.model), *loaded)
 
 
 def make_prompt(singer: Singer, lyrics: str, genre: str) -> tuple[Prompt, list[str]]:

@@ -26,6 +26,7 @@ from l2m_jax.checkpoint import RunInfo, differences, open_checkpoints, read_run,
 from l2m_jax.codec import Codec, decode
 from l2m_jax.config import Config, SampleConfig, TrainConfig, UserError
 from l2m_jax.data import Dataset, Example, batches, make_example
+from l2m_jax.follow import make_follow
 from l2m_jax.log import Log
 from l2m_jax.model import KINDS, Prompt, SoundTransformer
 from l2m_jax.optim import optimizer, schedule
@@ -182,6 +183,8 @@ def train(
         )
         log = Log(run, first, config.train.steps, config.train.log_every, console)
         evaluate = make_evaluate(config, layout, valid, on_batch, songs_per_valid) if valid is not None else None
+        apart = mesh.shape["data"] * mesh.shape["fsdp"]  # the fewest songs that divide
+        watch = make_follow(valid or dataset, layout, config.model.memory, apart, on_batch, everywhere)
         rates = schedule(config.train)
         stream = batches(dataset, config.model, config.train.seed, config.train.batch, range(first, config.train.steps))
         stopped = StopSignal()
@@ -195,8 +198,11 @@ def train(
                     began = _report(log, *pending, began)
                 pending = (step, metrics, codes, float(jnp.asarray(rates(step))))
                 done = step + 1
-                if evaluate is not None and (done % config.train.valid_every == 0 or done == config.train.steps):
-                    pending[1]["valid_loss"] = evaluate(state.model)
+                if done % config.train.valid_every == 0 or done == config.train.steps:
+                    if evaluate is not None:
+                        pending[1]["valid_loss"] = evaluate(state.model)
+                    pending[1]["diagonality"], looks = watch(state.model)
+                    log.image(done, looks.T)
                 if codec is not None and config.train.sample_every and done % config.train.sample_every == 0:
                     _sample(run, log, done, state.model, dataset, config, layout, codec)
                 stop = stopped.by

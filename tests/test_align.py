@@ -20,8 +20,6 @@ from l2m_jax.align import (
     alignment_errors,
     attention_maps,
     choose_heads,
-    diagonality,
-    frame_weights,
     memory_words,
     teacher,
     word_mass,
@@ -29,6 +27,7 @@ from l2m_jax.align import (
 )
 from l2m_jax.config import UserError
 from l2m_jax.data import prompt_rows
+from l2m_jax.follow import diagonality, frame_weights
 from l2m_jax.model import Prompt, SoundTransformer
 from l2m_jax.tokens import make_layout
 
@@ -55,9 +54,9 @@ def as_map(mass: np.ndarray, words: np.ndarray = WORDS) -> np.ndarray:
 
 @pytest.mark.parametrize("config", [DEEP, PRE], ids=["deepnorm-delay", "pre-flatten"])
 def test_a_look_is_what_the_layer_does(monkeypatch, config):
-    """Queries and keys are those that `attend` gets, and the layer's result is the same."""
-    seen, attend = [], model_module.attend
-    monkeypatch.setattr(model_module, "attend", lambda q, k, *rest: seen.append((q, k)) or attend(q, k, *rest))
+    """Queries and keys are those that `attention` gets, and the layer's result is the same."""
+    seen, attention = [], model_module.attention
+    monkeypatch.setattr(model_module, "attention", lambda q, k, *rest: seen.append((q, k)) or attention(q, k, *rest))
     model, layout = make_model(config), make_layout(config)
     memory = model.memory(make_prompt(), jnp.asarray(KEEP))
     ids = jnp.asarray(make_ids(config))

@@ -105,14 +105,17 @@ def test_preset_file_with_a_mistake(tmp_path, content, says):
 @pytest.mark.parametrize(
     "command, says",
     [
-        ("train --data DATA --run RUN --config nope", "--config nope: no such preset (tiny, small, base, large, demo)"),
+        (
+            "train --data DATA --run RUN --config nope",
+            "--config nope: no such preset (tiny, small, base, large, demo, benchmark)",
+        ),
         ("train --data DATA --run RUN --model.heads 7", "model.width 512 must be a multiple of model.heads 7"),
         ("train --data DATA --run RUN --train.seed -1", "train.seed is -1; allowed: 0 to 4294967295"),
         ("train --data DATA --run RUN", "DATA has entries 16, model.entries is 1024: set --model.entries 16"),
         ("train --data /nowhere --run RUN", "/nowhere is not a prepared dataset; make one with: l2m prepare"),
         ("generate RUN --lyrics la", "RUN is not a run folder (it has no config.json)"),
         ("generate RUN --lyrics la -o a.mp3", "a.mp3: the output must end in .wav"),
-        ("generate RUN --lyrics la -o - --count 2", "-o - sends one song to a pipe: it goes with neither --count"),
+        ("generate RUN --lyrics la -o - --count 2", "-o - sends one song to a pipe: not with --count"),
         ("generate RUN --lyrics la --count 0", "--count is 0; allowed: 1 and above"),
         ("generate RUN --lyrics la --count 2 --batch 0", "--batch is 0; allowed: 1 and above"),
         ("generate RUN --requests a.jsonl", "--requests puts its songs into a folder: --out FOLDER, not song.wav"),
@@ -120,6 +123,13 @@ def test_preset_file_with_a_mistake(tmp_path, content, says):
         ("generate RUN", "--lyrics is needed: a text file, or the lyrics themselves; or --requests FILE"),
         ("generate RUN --lyrics la --from 3", "from 3 needs a prompt: the song whose first seconds are kept"),
         ("generate RUN --lyrics la --seconds nan", "seconds is nan; allowed: above 0"),
+        ("generate RUN --lyrics la --lrc --count 2", "--lrc is for one song: not with --count or --requests"),
+        ("generate RUN --lyrics la --lrc -o -", "not with --count, --requests, --picture or --lrc"),
+        ("align RUN", "name a song to align, or choose heads with --choose DATA"),
+        ("align RUN song.wav --songs 0", "--songs is 0; allowed: 1 and above"),
+        ("align RUN song.wav -o song.txt", "song.txt: the output must end in .lrc"),
+        ("align RUN song.wav", "RUN is not a run folder (it has no config.json)"),
+        ("export RUN OUT", "RUN is not a run folder (it has no config.json)"),
         ("generate RUN --lyrics lost.txt", "lost.txt: no such file"),
         ("generate RUN --lyrics la --top-p 2", "top-p is 2.0; allowed: above 0, up to 1"),
         ("decode song.npz", "song.npz: no such file"),
@@ -175,6 +185,9 @@ def test_the_whole_way(l2m, tmp_path, encoders, monkeypatch):
     """solfege, prepare, train, generate, decode, as a user types them."""
     monkeypatch.chdir(tmp_path)
     assert l2m("solfege", "songs", "--songs", 3, "--notes", 2, 3)[:2] == (0, "3 songs in songs\n")
+    flags = "--songs 1 --notes 4 4 --sections --exclude songs songs"
+    assert l2m("solfege", "more", *flags.split())[:2] == (0, "1 songs in more\n")
+    assert (tmp_path / "more" / "song_0001" / "lyrics.txt").read_text().count("[chorus]") == 2
     (tmp_path / "songs" / "song_0002" / "lyrics.txt").unlink()
     status, said, _ = l2m("prepare", "songs", "data", "--text-encoder", encoders.text_encoder)
     assert status == 1  # done, but something was left out
@@ -187,11 +200,19 @@ def test_the_whole_way(l2m, tmp_path, encoders, monkeypatch):
     assert (tmp_path / "run" / "samples" / "0000002.wav").exists() and read_run(tmp_path / "run").config == SUNG
     (tmp_path / "words.txt").write_text("la sol\n")
     status, said, _ = l2m(
-        "generate", "run", "--lyrics", "words.txt", "--seconds", 0.4, "--top-k", 50, "-o", "new/a.wav"
+        "generate", "run", "--lyrics", "words.txt", "--seconds", 0.4, "--top-k", 50, "-o", "new/a.wav", "--lrc"
     )
+    assert "warning: no heads were chosen for run" in said and (tmp_path / "new" / "a.lrc").exists()
     assert status == 0 and "new/a.wav: 0." in said
     about = json.loads((tmp_path / "new" / "a.json").read_text())
     assert about["request"]["lyrics"] == "la sol\n" and about["request"]["top_k"] == 50
+    status, said, _ = l2m("align", "run", "new/a.npz", "-o", "b.lrc", "--picture")
+    assert status == 0 and "b.lrc: 2 words" in said and (tmp_path / "b.png").exists()
+    assert (tmp_path / "b.lrc").read_text() == (tmp_path / "new" / "a.lrc").read_text()
+    assert l2m("export", "run", "small")[:2] == (
+        0,
+        "small: 0.3 MB; sing with: l2m generate small --lyrics TEXT -o song.wav\n",
+    )
     for suffix in ("npz", "ecdc"):
         assert l2m("decode", f"new/a.{suffix}", "-o", f"{suffix}.wav")[0] == 0
         assert (tmp_path / f"{suffix}.wav").read_bytes() == (tmp_path / "new" / "a.wav").read_bytes()

@@ -92,6 +92,20 @@ def test_sections_repeat_the_chorus():
     assert len(times) == len(solfege.words_of(lyrics).split()) and np.isfinite(samples).all()
 
 
+def test_rests_and_a_free_tempo():
+    """What the benchmark asks of its songs of 8 to 16 notes."""
+    counts, rests, spreads, beats = set(), 0, [], []
+    for index in range(12):
+        lyrics, genre, _, times = solfege.make_song(100, index, (8, 16), sections=True)
+        counts.add(len(solfege.words_of(lyrics).split()))
+        lengths, gaps = times[:, 1] - times[:, 0], times[1:, 0] - times[:-1, 1]
+        rests += np.count_nonzero(gaps > solfege.GAP + 0.08)
+        spreads.append(np.std(lengths) / np.mean(lengths))
+        beats.append(np.mean(lengths) / solfege.GENRES[genre].beat)
+    assert counts <= set(range(8, 17)) and len(counts) > 4
+    assert 5 < rests < 30 and min(spreads) > 0.02 and np.ptp(beats) > 0.05
+
+
 def test_scale_and_genres():
     assert solfege.NOTE_HZ["do"] == pytest.approx(261.63, abs=0.01)
     assert solfege.NOTE_HZ["la"] == 440 and solfege.NOTE_HZ["si"] == pytest.approx(493.88, abs=0.01)

@@ -9,7 +9,6 @@ from typing import Annotated
 
 import tyro
 
-from l2m_jax.commands.arguments import Folder
 from l2m_jax.config import UserError
 from l2m_jax.request import Request, read_text
 
@@ -21,8 +20,8 @@ class Generate:
     Ctrl-C ends it early and keeps what was sung by then.
     """
 
-    run_folder: Annotated[Folder, tyro.conf.arg(name="run")]
-    """Run folder of a trained model."""
+    run_folder: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(name="run")] = None
+    """Run folder of a trained model; without one, the model that comes with the package sings."""
     request: Annotated[Request, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Request)
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("song.wav")
     """The song; its .ecdc, .npz and .json stand beside it. `-` sends a WAV to standard output while it is sung."""
@@ -40,7 +39,9 @@ class Generate:
     text_encoder: str = ""
     """The text encoder, likewise."""
     picture: bool = False
-    """Draw song.png: waveform, spectrogram, lyrics."""
+    """Draw song.png: waveform, spectrogram, lyrics; each word at its time once l2m align --choose has been run."""
+    lrc: bool = False
+    """Write song.lrc: lines and words at their times."""
 
     def run(self) -> int:
         """Does it; returns the exit status."""
@@ -61,7 +62,7 @@ class Generate:
             elif self.count > 1:
                 sing_variations(singer, request, self.count, self.batch, self.out, stop)
             else:
-                sing_one(singer, request, out, self.picture, stop)
+                sing_one(singer, request, out, self.picture, stop, self.lrc)
         finally:
             stop.restore()
         return stop.status or min(failed, 1)
@@ -72,10 +73,12 @@ class Generate:
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; allowed: 1 and above")
         piped, several = str(self.out) == "-", self.count > 1 or self.requests is not None
-        if piped and (several or self.picture):
-            raise UserError("-o - sends one song to a pipe: it goes with neither --count, --requests nor --picture")
+        if piped and (several or self.picture or self.lrc):
+            raise UserError("-o - sends one song to a pipe: not with --count, --requests, --picture or --lrc")
         if piped and sys.stdout.isatty():
             raise UserError("-o - sends a WAV to a pipe, as in: l2m generate ... -o - | ffplay -; here is a terminal")
+        if self.lrc and several:
+            raise UserError("--lrc is for one song: not with --count or --requests; l2m align times any song later")
         if self.requests is not None and (self.count > 1 or self.picture):
             raise UserError("--requests goes with neither --count nor --picture")
         if self.requests is not None and self.out.suffix:

@@ -20,15 +20,17 @@ class Solfege:
     """The same seed gives the same songs."""
     notes: tuple[int, int] = (4, 10)
     """Fewest and most notes of a song."""
-    exclude: Path | None = None
-    """Folder of songs whose lyrics must not be sung again: what is made is held out from them."""
+    sections: bool = False
+    """Each song is [verse], [chorus], [verse], [chorus], both choruses of the same words."""
+    exclude: tuple[Path, ...] = ()
+    """Folders of songs whose lyrics must not be sung again: what is made is held out from them."""
 
     def run(self) -> int:
         """Does it; returns the exit status."""
         from l2m_jax.solfege import make_solfege, words_of
         from l2m_jax.songs import scan_songs
 
-        known = {words_of(song.lyrics) for song in scan_songs(self.exclude)[0]} if self.exclude else set()
-        make_solfege(self.out, self.songs, self.seed, self.notes, exclude=known)
+        known = {words_of(song.lyrics) for folder in self.exclude for song in scan_songs(folder)[0]}
+        make_solfege(self.out, self.songs, self.seed, self.notes, self.sections, known)
         print(f"{self.songs} songs in {self.out}")
         return 0

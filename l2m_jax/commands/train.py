@@ -20,7 +20,7 @@ class Train:
     run_folder: Annotated[Path, tyro.conf.arg(name="run")]
     """Run folder: config, metrics, checkpoints."""
     config: str = "small"
-    """Preset (tiny, small, base, large, demo) or path of a Python file that defines `config`."""
+    """Preset (tiny, small, base, large, demo, benchmark) or path of a Python file that defines `config`."""
     valid: Path | None = None
     """Prepared dataset of held-out songs; its loss is logged."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)

@@ -1,0 +1,106 @@
+"""How far a model's attention follows the words: one figure, told while it trains. After `model`, before `align`.
+
+F frames, M rows of the memory, R those of them that are lyrics.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Bool, Float, Int
+
+from l2m_jax.data import Dataset, Example, make_example, read_manifest
+from l2m_jax.model import KINDS, LYRIC, Layer, Prompt, SoundTransformer
+from l2m_jax.tokens import AnyArray, Layout
+
+
+class Followed(NamedTuple):
+    """Of the head that follows the words best."""
+
+    diagonality: Float[Array, ""]  # mean over songs
+    map: Float[Array, "F M"]  # of the first song
+
+
+def positions_of_a_frame(layout: Layout) -> int:
+    """Positions that say a frame's codes, or in `delay` the one that says the first of them."""
+    return layout.codebooks // layout.streams
+
+
+@functools.partial(jax.jit, static_argnames="positions")
+def frame_weights(
+    queries: Float[Array, "T H"], keys: Float[Array, "M H"], seen: Bool[Array, " M"], positions: int
+) -> Float[Array, "F M"]:
+    """Attention weights of one head, the mean over each frame's `positions`; T that do not fill a frame are dropped."""
+    frames = len(queries) // positions
+    scores = jnp.einsum("th,mh->tm", queries, keys, preferred_element_type=jnp.float32) * queries.shape[-1] ** -0.5
+    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
+    return weights[: frames * positions].reshape(frames, positions, -1).mean(1)
+
+
+def diagonality(mass: Float[AnyArray, "*heads F R"]) -> Float[Array, "*heads"]:
+    """How much the attention goes forward with the song: 1 where it never goes back, 0 where it does not care.
+
+    Of two looks drawn at random, each at a frame and a row by its mass, at different frames and rows: the chance that
+    the later one is at the later row, minus the chance that it is at the earlier (Goodman and Kruskal's gamma). It
+    asks for an order and not for a straight line, so that rests and long notes do not lower it. Rows are words or
+    pieces of words, in their order; those that are none have no mass.
+    """
+    mass = jnp.asarray(mass)
+    before = jnp.cumsum(mass, -2) - mass  # of each row, at earlier frames
+    lower = jnp.cumsum(before, -1) - before
+    higher = before.sum(-1, keepdims=True) - before - lower
+    forth, back = (mass * lower).sum((-2, -1)), (mass * higher).sum((-2, -1))
+    return (forth - back) / jnp.maximum(forth + back, jnp.finfo(mass.dtype).tiny)
+
+
+def follow(model: SoundTransformer, layout: Layout, songs: Example, frames: Int[Array, " B"]) -> Followed:
+    """The diagonality of the best head on songs that are `frames` long, and what it looks at; one head at a time."""
+    ids, prompt = jnp.asarray(songs.ids), Prompt(songs.states, songs.kind, songs.section, songs.position)
+    memory = model.memory(prompt, jnp.ones((len(ids), KINDS), bool))
+    lyrics = jnp.pad(songs.kind == LYRIC, ((0, 0), (KINDS, 0)))
+    positions = positions_of_a_frame(layout)
+    sung = jnp.arange(ids.shape[1] // positions) < frames[:, None]
+    counts = sung[:, :, None] & lyrics[:, None]
+
+    def look(best: Followed, head: tuple[Array, Array]) -> tuple[Followed, None]:
+        maps = jax.vmap(frame_weights, (0, 0, 0, None))(*head, memory.seen, positions)
+        found = Followed(diagonality(maps * counts).mean(), maps[0])
+        return jax.tree.map(lambda a, b: jnp.where(found.diagonality > best.diagonality, a, b), found, best), None
+
+    def apply(carry: tuple[Array, Followed], layer: Layer) -> tuple[tuple[Array, Followed], None]:
+        x, best = carry
+        x, queries, keys = layer.look(x, memory)
+        keys = jnp.repeat(keys, queries.shape[1] // keys.shape[1], axis=1)
+        best, _ = jax.lax.scan(look, best, (queries.swapaxes(0, 1), keys.swapaxes(0, 1)))
+        return (x, best), None
+
+    x = model.embed(ids, layout.place(jnp.arange(ids.shape[1])))
+    none = Followed(jnp.array(-1.0), jnp.zeros((sung.shape[1], memory.seen.shape[1])))
+    return jax.lax.scan(apply, (x, none), model.layers)[0][1]
+
+
+def make_follow(
+    dataset: Dataset, layout: Layout, memory: int, songs: int, placed: NamedSharding, everywhere: NamedSharding
+) -> Callable[[SoundTransformer], tuple[float, Float[np.ndarray, "F R"]]]:
+    """A function model -> (diagonality, map) on the first `songs` songs with lyrics, which must divide over `placed`.
+
+    The map is that of the first song: its frames and its lyric rows. Without any lyrics the figure is 0.
+    """
+    sung = [i for i, line in enumerate(read_manifest(dataset.folder)) if line["pieces"]] or [0]
+    records = [dataset[sung[i % len(sung)]] for i in range(songs)]
+    frames = np.array([min(len(record.codes), layout.frames) for record in records], np.int32)
+    batch = Example(*map(np.stack, zip(*(make_example(record, layout, memory) for record in records))))
+    rows = KINDS + np.flatnonzero(batch.kind[0] == LYRIC)
+    run = jax.jit(functools.partial(follow, layout=layout), out_shardings=everywhere)
+
+    def watch(model: SoundTransformer) -> tuple[float, np.ndarray]:
+        best = run(model, songs=jax.device_put(batch, placed), frames=frames)
+        return float(best.diagonality), np.asarray(best.map)[: frames[0], rows]
+
+    return watch

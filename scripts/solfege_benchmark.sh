@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Does the music follow words that it has never sung? Songs, their preparation, one training run, its evaluation.
+# Every step can be stopped and started again: it goes on where it was.
+#   bash scripts/solfege_benchmark.sh OUT [delay|flatten]
+# Sizes, for a trial: SONGS of training, HELD_OUT songs each of validation and test; further flags in TRAIN and EVALUATE.
+set -euo pipefail
+out=${1:?"usage: solfege_benchmark.sh OUT [delay|flatten]"}
+layout=${2:-delay}
+run=$out/$layout
+read -ra train <<<"${TRAIN:-}"
+read -ra evaluate <<<"${EVALUATE:-}"
+
+step() { printf '\n\033[1m== %s\033[0m\n' "$1"; }
+
+step "1/4  Songs of 8 to 16 notes, in lines, with choruses, rests and a free tempo, in four genres -> $out/songs"
+kind=(--notes 8 16 --sections)
+l2m solfege "$out/songs/train" --songs "${SONGS:-4000}" --seed 100 "${kind[@]}"
+l2m solfege "$out/songs/valid" --songs "${HELD_OUT:-128}" --seed 101 "${kind[@]}" --exclude "$out/songs/train"
+l2m solfege "$out/songs/test" --songs "${HELD_OUT:-128}" --seed 102 "${kind[@]}" \
+  --exclude "$out/songs/train" "$out/songs/valid"
+
+step "2/4  Prepare -> $out/data"
+for set in train valid test; do l2m prepare "$out/songs/$set" "$out/data/$set" --workers 2; done
+
+step "3/4  Train (configs/benchmark.py, $layout) -> $run"
+l2m train --config benchmark --model.layout "$layout" --data "$out/data/train" --valid "$out/data/valid" \
+  --run "$run" "${train[@]}"
+l2m align "$run" --choose "$out/data/valid"
+
+step "4/4  Evaluate on the test songs, whose lyrics no other song has -> $run/evaluation"
+l2m evaluate "$run" --data "$out/data/test" --valid "$out/data/valid" --reference "$out/data/train" "${evaluate[@]}"

@@ -1,0 +1,85 @@
+"""A model to pass on: the same model, in float16, as good as a run for all but training."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from conftest import CONFIG
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from l2m_jax import checkpoint
+from l2m_jax.checkpoint import default_run, load_model, open_checkpoints, read_run
+from l2m_jax.config import UserError
+from l2m_jax.model import SoundTransformer
+from l2m_jax.shipped import export
+
+
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory):
+    run = tmp_path_factory.mktemp("exported") / "run"
+    shutil.copytree(trained, run)
+    (run / "alignment.json").write_text('{"heads": []}')
+    (run / "evaluation").mkdir()
+    (run / "evaluation" / "evaluation.md").write_text("12 of 13 notes\n")
+    out = run.parent / "passed-on"
+    return out, export(run, out, 8)
+
+
+def test_the_same_model_in_float16(trained, exported):
+    out, size = exported
+    ours, info, step = load_model(out)
+    theirs = load_model(trained, 8)[0]
+    assert step == 8 and info == read_run(trained)
+    assert size == (out / "model.safetensors").stat().st_size
+    parameters = sum(x.size for x in jax.tree.leaves(theirs))
+    assert 2 * parameters < size < 2 * parameters + 6000
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert a.dtype == np.float32
+        np.testing.assert_array_equal(a, np.asarray(b).astype(np.float16))
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    card = (out / "README.md").read_text()
+    assert "8 steps of 4 songs" in card and "12 of 13 notes" in card and info.made_with.codec_fingerprint in card
+    assert (out / "alignment.json").read_text() == '{"heads": []}'
+
+
+def test_mistakes(trained, exported, tmp_path, monkeypatch):
+    out, _ = exported
+    with pytest.raises(UserError, match="is not an empty folder: name another"):
+        export(trained, out)
+    with pytest.raises(UserError, match="has no checkpoint of step 9; it has 4, 8, 12"):
+        export(trained, tmp_path / "new", 9)
+    with pytest.raises(UserError, match="no checkpoint of step 9; it is an exported model of step 8"):
+        load_model(out, 9)
+    with pytest.raises(UserError, match="is an exported model and cannot be trained"):
+        open_checkpoints(out, 3)
+    other = shutil.copytree(out, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    save_file({k: v for k, v in tensors.items() if k != "layers/up/kernel"}, other / "model.safetensors")
+    with pytest.raises(UserError, match=r"is of another model: no layers/up/kernel of shape \(2, 16, 64\)"):
+        load_model(other)
+    (other / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(UserError, match=r"model.safetensors: cannot be read"):
+        load_model(other)
+    model = jax.tree.map(lambda x: x + 7e4, SoundTransformer(CONFIG.model, rngs=nnx.Rngs(0)))
+    monkeypatch.setattr("l2m_jax.shipped.load_model", lambda run, step: (model, read_run(trained), 8))
+    with pytest.raises(UserError, match=r"beyond float16 \(65,504\)"):
+        export(trained, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_model_of_the_package(exported, monkeypatch, tmp_path):
+    """None ships as long as its folder is absent."""
+    monkeypatch.setattr(checkpoint, "DEFAULT", exported[0])
+    assert default_run() == exported[0]
+    monkeypatch.setattr(checkpoint, "DEFAULT", tmp_path)
+    with pytest.raises(UserError, match="no trained model comes with this version: name the run folder of one"):
+        default_run()
+
+
+def test_what_ships_is_small():
+    if (checkpoint.DEFAULT / "model.safetensors").is_file():
+        assert (checkpoint.DEFAULT / "model.safetensors").stat().st_size <= 25e6
+        assert json.loads((checkpoint.DEFAULT / "config.json").read_text())["made_with"]["codec"] == "solfege"
