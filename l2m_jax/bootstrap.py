@@ -35,10 +35,9 @@ def estimate(parts: Float[np.ndarray, " N"], whole: Float[np.ndarray, " N"] | No
     above, below = pairs.sum(0)
     if len(pairs) == 1:
         return Estimate(float(above / below), None, None, 1)
-    rng = np.random.default_rng(0)
-    values = []
-    for _ in range(RESAMPLES):  # one by one: all counts at once would be a matrix of N times as many
-        above_drawn, below_drawn = np.bincount(rng.integers(0, len(pairs), len(pairs)), minlength=len(pairs)) @ pairs
-        values.append(above_drawn / below_drawn)
+    rng, alike = np.random.default_rng(0), np.full(len(pairs), 1 / len(pairs))
+    # How often each song is drawn; a hundred resamples at a time, so that many songs fit into memory.
+    drawn = [rng.multinomial(len(pairs), alike, 100) @ pairs for _ in range(RESAMPLES // 100)]
+    values = np.divide(*np.concatenate(drawn).T)
     low, high = np.quantile(values, [(1 - SHARE) / 2, (1 + SHARE) / 2])
     return Estimate(float(above / below), float(low), float(high), len(pairs))
