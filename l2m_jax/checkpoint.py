@@ -34,17 +34,18 @@ DEFAULT = Path(__file__).parent / "assets" / "solfege_model"
 
 
 class RunInfo(NamedTuple):
-    """What config.json says: the config, and of the dataset what it was prepared with and its genres."""
+    """What config.json says: the config, and of the dataset what it was prepared with, its genres and fingerprint."""
 
     config: Config
     made_with: MadeWith
     genres: list[str]
+    songs: str = ""  # `Dataset.fingerprint`; runs of before it was kept have none
 
 
 def write_run(run: Path, info: RunInfo) -> None:
     """Makes the run folder and its config.json."""
     content = {"l2m_jax": "run", "config": to_json(info.config), "made_with": info.made_with._asdict()}
-    content["genres"] = info.genres
+    content |= {"genres": info.genres, "songs": info.songs}
     write_atomic(run / "config.json", (json.dumps(content, indent=2) + "\n").encode())
 
 
@@ -56,12 +57,12 @@ def read_run(run: Path) -> RunInfo:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         made_with = MadeWith(**content["made_with"])
-        values, genres = content["config"], list(content["genres"])
+        values, genres, songs = content["config"], list(content["genres"]), str(content.get("songs", ""))
         if isinstance(remat := values["train"].get("remat"), bool):  # of runs begun when it was yes or no
             values["train"]["remat"] = "layer" if remat else "none"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not the config of a run ({error})") from None
-    return RunInfo(from_json(Config, values, str(path)), made_with, genres)
+    return RunInfo(from_json(Config, values, str(path)), made_with, genres, songs)
 
 
 def prepare_run(run: Path, info: RunInfo, console: Console) -> None:

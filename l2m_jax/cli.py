@@ -20,6 +20,7 @@ import tyro
 from l2m_jax.commands.align import Align
 from l2m_jax.commands.codec import Codec
 from l2m_jax.commands.decode import Decode
+from l2m_jax.commands.evaluate import Evaluate
 from l2m_jax.commands.export import Export
 from l2m_jax.commands.generate import Generate
 from l2m_jax.commands.inspect import Inspect
@@ -73,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def parse(
     arguments: list[str],
-) -> Prepare | Inspect | Train | Plan | Generate | Align | Export | Decode | Codec | Solfege:
+) -> Prepare | Inspect | Train | Plan | Generate | Align | Evaluate | Export | Decode | Codec | Solfege:
     """The command of the arguments; a preset gives the defaults of `train` and `plan`."""
     preset = Config()
     if arguments[:1] in (["train"], ["plan"]):
@@ -88,6 +89,7 @@ def parse(
         | Annotated[Train, tyro.conf.subcommand("train", default=train)]
         | Annotated[Plan, tyro.conf.subcommand("plan", default=plan)]
         | Annotated[Generate, tyro.conf.subcommand("generate")]
+        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Align, tyro.conf.subcommand("align")]
         | Annotated[Export, tyro.conf.subcommand("export")]
         | Annotated[Decode, tyro.conf.subcommand("decode")]

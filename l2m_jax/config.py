@@ -217,6 +217,33 @@ class SampleConfig:
                 raise UserError(f"{name.replace('_', '-')} is {getattr(self, name)}; a finite number is needed")
 
 
+Part = Literal["likelihood", "alignment", "generation"]
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """What is evaluated, and how."""
+
+    only: tuple[Part, ...] = ("likelihood", "alignment", "generation")
+    """Parts to do: bits per code and gains; word starts from attention; songs that are sung and heard."""
+    songs: int = 64
+    """Held-out lyrics that are sung, evenly spread over the dataset."""
+    seed: int = 0
+    """Of the first song; the next one has seed + 1."""
+    batch: int = 8
+    """Songs that are computed at the same time; fewer take less memory."""
+    pictures: int = 3
+    """Songs that are drawn."""
+    sampling: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+
+    def __post_init__(self) -> None:
+        if not self.only:
+            raise UserError(f"only names no part; possible are {', '.join(typing.get_args(Part))}")
+        for name, least in (("songs", 1), ("batch", 1), ("pictures", 0)):
+            _at_least(name, getattr(self, name), least)
+        check_seed("seed", self.seed + self.songs)
+
+
 def check_seed(name: str, seed: int) -> None:
     """UserError where the seed is not one of JAX's: others would overflow, or be taken for one of these."""
     if not 0 <= seed < 2**32:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import io
 import json
 import shutil
@@ -240,6 +241,11 @@ class Dataset:
             damaged = self.folder / "dataset"
             raise UserError(f"{damaged} is damaged ({error}); delete it and run l2m prepare again") from None
         return _record(row)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of which songs these are: the hash of songs.jsonl, which has one of each song's files."""
+        return hashlib.sha256((self.folder / "songs.jsonl").read_bytes()).hexdigest()[:16]
 
     def frames(self) -> Int[np.ndarray, " songs"]:
         """Frames of each song."""

@@ -80,6 +80,48 @@ def draw_spectrograms(path: Path, sounds: dict[str, Float[np.ndarray, " T"]], ra
     _save(plt, figure, path)
 
 
+def draw_lines(path: Path, x: Sequence[float], curves: dict[str, Sequence[float]], across: str, up: str) -> None:
+    """Named curves over the same x."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for name, y in curves.items():
+        axis.plot(x, y, marker="o", label=name)
+    axis.set(xlabel=across, ylabel=up)
+    axis.legend()
+    _save(plt, figure, path)
+
+
+def draw_bars(path: Path, bars: dict[str, tuple[float, float | None, float | None]], across: str) -> None:
+    """Named values, with the interval (low, high) of those that have one."""
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(8, 0.6 * len(bars) + 1.2), layout="constrained")
+    for row, (value, low, high) in enumerate(bars.values()):
+        axis.barh(row, value, color="#8fb8de")
+        if low is not None:
+            axis.plot([low, high], [row, row], color="#1d3d5c", marker="|")
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(bars)), list(bars))
+    axis.set(xlabel=across)
+    axis.invert_yaxis()
+    _save(plt, figure, path)
+
+
+def draw_confusion(path: Path, tables: dict[str, dict[str, dict[str, int]]]) -> None:
+    """Of each named table, how often each kind (rows) was taken for each (columns)."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, len(tables), figsize=(4.5 * len(tables), 4), squeeze=False, layout="constrained")
+    for axis, (title, table) in zip(axes[0], tables.items()):
+        names = list(table)
+        counts = np.array([[table[a][b] for b in names] for a in names])
+        axis.imshow(counts / np.maximum(counts.sum(1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1)
+        for (row, column), count in np.ndenumerate(counts):
+            axis.text(column, row, str(count), ha="center", va="center")
+        axis.set_xticks(range(len(names)), names, rotation=45, ha="right", parse_math=False)
+        axis.set_yticks(range(len(names)), names, parse_math=False)
+        axis.set(xlabel="sounds like", ylabel="is of", title=title)
+    _save(plt, figure, path)
+
+
 def draw_file(song: Path, lyrics: str, words: Sequence[Label] = (), out: Path | None = None) -> None:
     """song.png, or `out`, of a file of sound, with the words at their times where they are known."""
     rows = {"words": words} if words else {}

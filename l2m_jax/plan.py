@@ -27,8 +27,8 @@ from l2m_jax.optim import optimizer
 from l2m_jax.roofline import Roofline, Traffic, Work, decode_work, roofline, step_work, sum_up
 from l2m_jax.rule import variants
 from l2m_jax.sharding import batch_sharding, check_divides, make_mesh, position_sharding, state_shardings
+from l2m_jax.step import TrainState, make_step
 from l2m_jax.tokens import Layout, make_layout
-from l2m_jax.train import TrainState, make_step
 
 
 class Memory(NamedTuple):

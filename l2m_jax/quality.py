@@ -93,12 +93,17 @@ def si_sdr(sound: Float[np.ndarray, " T"], heard: Float[np.ndarray, " T"]) -> fl
 
 def mel_distance(sound: Float[np.ndarray, " T"], heard: Float[np.ndarray, " T"], rate: int) -> float:
     """Mean |ln M(sound) - ln M(heard)|, M mel power plus FLOOR: Hann window of 2,048 by 512, 80 bands from 0 Hz."""
-    filters = mel_filters(WINDOW, BANDS, rate)
     total, count = 0.0, 0
-    for a, b in zip(_frames(sound, WINDOW, HOP), _frames(heard, WINDOW, HOP)):
-        difference = np.log(_power(a) @ filters.T + FLOOR) - np.log(_power(b) @ filters.T + FLOOR)
-        total, count = total + float(np.abs(difference).sum()), count + difference.size
+    for a, b in zip(log_mel(sound, rate), log_mel(heard, rate)):
+        total, count = total + float(np.abs(a - b).sum()), count + a.size
     return total / count
+
+
+def log_mel(sound: Float[np.ndarray, " T"], rate: int) -> Iterator[Float[np.ndarray, "part bands"]]:
+    """Natural log of mel power plus FLOOR, a row every HOP samples, some seconds at a time; see `mel_distance`."""
+    filters = mel_filters(WINDOW, BANDS, rate)
+    for frames in _frames(sound, WINDOW, HOP):
+        yield np.log(_power(frames) @ filters.T + FLOOR)
 
 
 def pitch_errors(

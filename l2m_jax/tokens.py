@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, Shaped
 
 from l2m_jax.config import ModelConfig, UserError
 
@@ -96,6 +96,10 @@ class _Layout(abc.ABC):
     def _song(self, codes: np.ndarray, ended: bool) -> np.ndarray:
         """Targets [length, J] of the codes [F, K]."""
 
+    @abc.abstractmethod
+    def by_frame(self, values: Shaped[np.ndarray, "T J"], frames: int) -> Shaped[np.ndarray, "frames K"]:
+        """What stands at the targets of the first `frames` frames' codes, laid out as the codes are."""
+
     def encode(self, codes: Int[np.ndarray, "F K"]) -> Tokens:
         """Inputs and targets of a song; of one longer than the window its first frames, and then without an end."""
         if codes.ndim != 2 or codes.shape[1] != self.codebooks:
@@ -127,10 +131,13 @@ class Flatten(_Layout):
         ids = (codes + self.entries * np.arange(self.codebooks)).reshape(-1, 1)
         return np.vstack([ids, np.full((1, 1), self.end if ended else self.pad)])
 
+    def by_frame(self, values: Shaped[np.ndarray, "T J"], frames: int) -> Shaped[np.ndarray, "frames K"]:
+        """See `_Layout.by_frame`."""
+        return values[: frames * self.codebooks].reshape(frames, self.codebooks)
+
     def decode(self, targets: Int[np.ndarray, "T J"], frames: int) -> Int[np.ndarray, "F K"]:
         """The codes of the first `frames` frames."""
-        ids = targets[: frames * self.codebooks].reshape(frames, self.codebooks)
-        return ids - self.entries * np.arange(self.codebooks)
+        return self.by_frame(targets, frames) - self.entries * np.arange(self.codebooks)
 
     def place(self, position: Int[Array, " T"]) -> Place:
         """Frame and codebook of the code that is the input at `position`."""
@@ -180,9 +187,13 @@ class Delay(_Layout):
             ids[frames, 0] = self.end
         return ids
 
+    def by_frame(self, values: Shaped[np.ndarray, "T J"], frames: int) -> Shaped[np.ndarray, "frames K"]:
+        """See `_Layout.by_frame`."""
+        return np.stack([values[k : k + frames, k] for k in range(self.codebooks)], axis=1)
+
     def decode(self, targets: Int[np.ndarray, "T J"], frames: int) -> Int[np.ndarray, "F K"]:
         """The codes of the first `frames` frames."""
-        return np.stack([targets[k : k + frames, k] for k in range(self.codebooks)], axis=1)
+        return self.by_frame(targets, frames)
 
     def place(self, position: Int[Array, " T"]) -> Place:
         """Frame of codebook 0 at the input `position`; every stream has its own table, so the codebook is always 0."""

@@ -77,7 +77,7 @@ def _train(
         raise UserError(f"{valid.folder} and {dataset.folder} were prepared differently ({'; '.join(apart)})")
     layout, mesh = make_layout(config.model), make_mesh(config.mesh)
     program = make_program(config, mesh)
-    begin(run, RunInfo(config, dataset.made_with, dataset.genres), len(dataset), console)
+    begin(run, RunInfo(config, dataset.made_with, dataset.genres, dataset.fingerprint), len(dataset), console)
     report_cut(dataset, config, console)
 
     with jax.set_mesh(mesh):

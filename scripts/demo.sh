@@ -4,7 +4,6 @@
 #   bash scripts/demo.sh demo
 set -euo pipefail
 out=${1:-demo}
-here=$(dirname "$0")
 
 step() { printf '\n\033[1m== %s\033[0m\n' "$1"; }
 
@@ -28,7 +27,7 @@ l2m generate "$out/run" --lyrics "sol mi do sol la" --genre march --temperature 
 step "5/6  Decode the codes again -> $out/again.wav"
 l2m decode "$out/song.ecdc" -o "$out/again.wav"
 
-step "6/6  Does it follow? 64 unseen lyrics sung, each note found by pitch tracking -> $out/score"
-python "$here/solfege_score.py" "$out/run" "$out/held_out_songs" "$out/score"
+step "6/6  Does it follow? Bits that the words save, word starts, 64 unseen lyrics sung and heard -> $out/evaluation"
+l2m evaluate "$out/run" --data "$out/held_out" --out "$out/evaluation"
 
-step "Done: listen to $out/song.wav, look at $out/song.png and $out/score/*.png"
+step "Done: listen to $out/song.wav, look at $out/song.png and $out/evaluation/evaluation.md"

@@ -53,7 +53,10 @@ def test_help_is_quick_because_it_imports_no_jax():
         "slow = {'jax', 'flax', 'torch', 'tensorflow_datasets', 'transformers', 'soundfile'} & set(sys.modules)\n"
         "sys.exit(f'imported: {slow}' if slow else 0)"
     )
-    for arguments in (["--help"], *([command, "--help"] for command in ("prepare", "train", "generate", "inspect"))):
+    for arguments in (
+        ["--help"],
+        *([command, "--help"] for command in ("prepare", "train", "generate", "evaluate", "inspect")),
+    ):
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "usage: l2m" in done.stdout and not done.stderr

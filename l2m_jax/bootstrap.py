@@ -1,0 +1,43 @@
+"""A figure of many songs with its interval: the bootstrap over songs (Efron, 1979). After `config`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+RESAMPLES = 2000
+SHARE = 0.95  # of the resamples that lie inside of an interval
+
+
+class Estimate(NamedTuple):
+    """A figure of some songs; `low` and `high` are None where one song cannot tell how much songs differ."""
+
+    value: float
+    low: float | None
+    high: float | None
+    songs: int
+
+
+def estimate(parts: Float[np.ndarray, " N"], whole: Float[np.ndarray, " N"] | None = None) -> Estimate | None:
+    """sum(parts) / sum(whole) of N songs, in which `whole` is 1 a song where it is not given; None without any song.
+
+    The interval is that of the central 95 % of resamples of whole songs, always the same ones. Songs whose part is NaN
+    are no songs.
+    """
+    whole = np.ones(len(parts)) if whole is None else whole
+    known = np.isfinite(parts) & (whole > 0)
+    # In order of size: the songs' own order must not choose the resamples.
+    pairs = np.array(sorted(zip(parts[known].tolist(), whole[known].tolist()))).reshape(-1, 2)
+    if not len(pairs):
+        return None
+    above, below = pairs.sum(0)
+    if len(pairs) == 1:
+        return Estimate(float(above / below), None, None, 1)
+    rng, alike = np.random.default_rng(0), np.full(len(pairs), 1 / len(pairs))
+    # How often each song is drawn; a hundred resamples at a time, so that many songs fit into memory.
+    drawn = [rng.multinomial(len(pairs), alike, 100) @ pairs for _ in range(RESAMPLES // 100)]
+    values = np.divide(*np.concatenate(drawn).T)
+    low, high = np.quantile(values, [(1 - SHARE) / 2, (1 + SHARE) / 2])
+    return Estimate(float(above / below), float(low), float(high), len(pairs))
