@@ -69,7 +69,9 @@ def attention(
     if mesh.empty or mesh.size == 1:
         return local(q, k, v, seen, _splash_kernel(q, k, causal, 1, 1))
     kernel = _splash_kernel(q, k, causal, _size(mesh, heads), _size(mesh, positions))
-    of_kernel = kernel and kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, positions)))
+    of_kernel = kernel and kernel.manual_sharding_spec(
+        NamedSharding(mesh, PartitionSpec(None, positions if causal else None))
+    )
     of_keys = PartitionSpec(songs, key_heads, positions if causal else None)
     of_queries = PartitionSpec(songs, heads, positions)
     specs = (of_queries, of_keys, of_keys, PartitionSpec(songs), of_kernel)
@@ -111,6 +113,8 @@ def _splash_kernel(q: Array, k: Array, causal: bool, head_shards: int, position_
     if platform() != "tpu" or q.shape[3] % LANES or length % (position_shards * LANES) or (causal and length != keys):
         return None
     tile_q, tile_k = math.gcd(length // position_shards, 512), math.gcd(keys, 512)
+    if not causal:  # the mask of all shards is the same
+        length, position_shards = length // position_shards, 1
     mask = splash.CausalMask((length, keys), shard_count=position_shards) if causal else splash.FullMask((length, keys))
     return splash.make_splash_mha(
         splash.MultiHeadMask([mask] * (q.shape[1] // head_shards)),
