@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax._src import distributed  # its key-value store has no public name yet; Orbax takes it from here too
+from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from l2m_jax.config import UserError
@@ -44,6 +45,10 @@ def join(coordinator: str, processes: int, process: int) -> None:
         raise UserError("--coordinator HOST:PORT, --processes N and --process I go together: give all three, or none")
     if coordinator and not process < processes:
         raise UserError(f"--process is {process}; allowed: 0 to {processes - 1}, as --processes is {processes}")
+    # Asked without a reason, JAX would take a lone pod of Kubernetes for a cluster too.
+    tasks = max(int(os.environ.get(name, 1)) for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
+    if not coordinator and tasks == 1 and not running_in_cloud_tpu_vm:
+        return
     given: dict[str, Any] = {"initialization_timeout": MEETING, "heartbeat_timeout_seconds": JAX_SILENCE}
     if coordinator:
         given |= {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
@@ -59,6 +64,7 @@ def join(coordinator: str, processes: int, process: int) -> None:
     except ValueError as error:
         if coordinator or "coordinator_address" not in str(error):
             raise UserError(f"the processes cannot be joined: {error}") from error
+        return  # nothing in the environment speaks of others
     except RuntimeError as error:
         raise UserError(f"{unmet} ({str(error).splitlines()[0]})") from error
     finally:

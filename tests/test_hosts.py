@@ -1,5 +1,6 @@
 """More than one process: over loopback, each with its own (fake) devices, against the run of one process."""
 
+import contextlib
 import json
 import os
 import re
@@ -164,6 +165,30 @@ def test_a_mistake_in_one_process_ends_both(tmp_path, prepared, mistake, says):
 def test_flags_that_do_not_fit(arguments, says):
     with pytest.raises(UserError, match=says):
         join(*arguments)
+
+
+@pytest.mark.parametrize(
+    "tasks, error, says",
+    [
+        ("1", None, ""),
+        ("4", ValueError("coordinator_address"), ""),
+        ("4", RuntimeError("DEADLINE"), "did not meet within 300 s.*DEADLINE"),
+    ],
+)
+def test_the_environment_is_asked_where_it_speaks_of_others(monkeypatch, tasks, error, says):
+    """One task asks nobody; a Slurm allocation outside of srun is found to be none; those that do not meet say so."""
+    asked = []
+
+    def initialize(**given):
+        asked.append(given)
+        raise error
+
+    monkeypatch.setenv("SLURM_NTASKS", tasks)
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(UserError, match=says) if says else contextlib.nullcontext():
+        join("", 0, -1)
+    assert len(asked) == (tasks == "4")
+    assert not any("coordinator_address" in given for given in asked)
 
 
 def test_alone_nothing_is_exchanged():
