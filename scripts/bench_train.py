@@ -57,8 +57,8 @@ def train(codes: int, steps: int) -> dict[str, float]:
     from l2m_jax.data import Example
     from l2m_jax.model import LYRIC, SoundTransformer
     from l2m_jax.optim import optimizer
-    from l2m_jax.tokens import make_layout
     from l2m_jax.step import TrainState, make_step
+    from l2m_jax.tokens import make_layout
 
     config = load_preset("small")
     frames = codes // config.model.codebooks
