@@ -178,7 +178,7 @@ def _end(reason: str, status: int) -> None:
     _print(text)
     with contextlib.suppress(Exception):  # where the store is gone, so are they
         _store().key_value_set(f"l2m/end/{jax.process_index()}", text)
-        time.sleep(3 * BEAT)
+        time.sleep(2 * BEAT)
     os._exit(status)
 
 
@@ -222,11 +222,12 @@ def _watch() -> None:
                             f"{who} not been heard of for {SILENCE:.0f} s (killed, or the machine is gone); {ADVICE}"
                         ]
                         _store().key_value_set("l2m/end/watch", reasons[0])
-                        time.sleep(2 * BEAT)  # the others read it before their coordinator is gone
             except Exception:  # the store is gone: JAX aborts this process
                 continue
             if reasons and not _done.is_set():
                 _print(reasons[0])
+                if me == 0:  # the others have read it too before their coordinator is gone
+                    time.sleep(4 * BEAT)
                 os._exit(2)
 
     threading.Thread(target=watch, daemon=True, name="l2m watch").start()
