@@ -21,13 +21,15 @@ from typing import Any
 import jax
 import numpy as np
 from jax._src import distributed  # its key-value store has no public name yet; Orbax takes it from here too
+from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from l2m_jax.config import UserError
 
+MEETING = 300  # s to find each other
 BEAT = 2.0  # s between signs of life
-SILENCE = 20.0  # s without one, and a process is taken to be gone
-JAX_SILENCE = 40  # s; JAX's own watch, which also notices when process 0 is gone
+SILENCE = 30.0  # s without one, and a process is taken to be gone
+JAX_SILENCE = 50  # s; JAX's own watch, which also notices when process 0 is gone
 ADVICE = "start the same command on every machine again: it goes on from the last checkpoint"
 
 
@@ -43,21 +45,34 @@ def join(coordinator: str, processes: int, process: int) -> None:
         raise UserError("--coordinator HOST:PORT, --processes N and --process I go together: give all three, or none")
     if coordinator and not process < processes:
         raise UserError(f"--process is {process}; allowed: 0 to {processes - 1}, as --processes is {processes}")
-    given: dict[str, Any] = {}
+    # Asked without a reason, JAX would take a lone pod of Kubernetes for a cluster too.
+    tasks = max(int(os.environ.get(name, 1)) for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
+    if not coordinator and tasks == 1 and not running_in_cloud_tpu_vm:
+        return
+    given: dict[str, Any] = {"initialization_timeout": MEETING, "heartbeat_timeout_seconds": JAX_SILENCE}
     if coordinator:
-        given = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
+        given |= {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
         given["cluster_detection_method"] = "deactivate"
+    where = f" at {coordinator}" if coordinator else ""
+    unmet = f"the processes did not meet{where} within {MEETING} s: start all of them, with one address, its port open"
+    _when_aborted(unmet)
+    late = threading.Timer(MEETING + 5, lambda: (_print(unmet), os._exit(2)))
+    late.daemon = True
+    late.start()
     try:
-        jax.distributed.initialize(heartbeat_timeout_seconds=JAX_SILENCE, **given)
+        jax.distributed.initialize(**given)
     except ValueError as error:
         if coordinator or "coordinator_address" not in str(error):
             raise UserError(f"the processes cannot be joined: {error}") from error
         return  # nothing in the environment speaks of others
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        where = coordinator or distributed.global_state.coordinator_address
-        raise UserError(f"the {processes or ''} processes did not meet at {where} ({reason})") from error
+        raise UserError(f"{unmet} ({str(error).splitlines()[0]})") from error
+    finally:
+        late.cancel()
+        _when_aborted("")
     if jax.process_count() > 1:
+        gone = f"process {jax.process_index()}: another process is gone, see above (nothing above: process 0); {ADVICE}"
+        _when_aborted(gone)
         _watch()
 
 
@@ -149,6 +164,7 @@ class Agreement:
 
 
 _done = threading.Event()
+_aborted: Any = None
 
 
 def _store() -> Any:
@@ -162,7 +178,7 @@ def _end(reason: str, status: int) -> None:
     _print(text)
     with contextlib.suppress(Exception):  # where the store is gone, so are they
         _store().key_value_set(f"l2m/end/{jax.process_index()}", text)
-        time.sleep(3 * BEAT)
+        time.sleep(2 * BEAT)
     os._exit(status)
 
 
@@ -171,17 +187,21 @@ def _print(text: str) -> None:
     os.write(2, f"l2m: {text}\n".encode())
 
 
+def _when_aborted(text: str) -> None:
+    """What is said last where JAX ends the process with abort(), as where it loses its coordinator; "" for nothing."""
+
+    def aborted(number: int) -> None:
+        _print(text)
+        os._exit(2)
+
+    global _aborted  # ctypes does not keep it
+    _aborted = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)
+    ctypes.CDLL(None).signal(signal.SIGABRT, _aborted if text else None)
+
+
 def _watch() -> None:
     """Signs of life, every BEAT; whoever is silent too long ends the run of all."""
     me, count = jax.process_index(), jax.process_count()
-
-    def aborted(number: int) -> None:  # JAX ends a process with abort() where its coordinator is gone
-        _print(f"process {me}: another process is gone, see above (nothing above: process 0); {ADVICE}")
-        os._exit(2)
-
-    global _on_abort  # ctypes does not keep it
-    _on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)
-    ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
 
     def watch() -> None:
         seen = {i: ("", time.monotonic()) for i in range(count)}
@@ -202,14 +222,12 @@ def _watch() -> None:
                             f"{who} not been heard of for {SILENCE:.0f} s (killed, or the machine is gone); {ADVICE}"
                         ]
                         _store().key_value_set("l2m/end/watch", reasons[0])
-                        time.sleep(2 * BEAT)  # the others read it before their coordinator is gone
             except Exception:  # the store is gone: JAX aborts this process
                 continue
             if reasons and not _done.is_set():
                 _print(reasons[0])
+                if me == 0:  # the others have read it too before their coordinator is gone
+                    time.sleep(4 * BEAT)
                 os._exit(2)
 
     threading.Thread(target=watch, daemon=True, name="l2m watch").start()
-
-
-_on_abort: Any = None

@@ -195,7 +195,7 @@ def make_model(config: ModelConfig) -> SoundTransformer:
 
 
 def gradient_step(config: Config, mesh_config: MeshConfig, devices: list) -> dict:
-    """One step of `train.make_step`, laid out as `train.train` lays it out; the optimizer's state is the gradient."""
+    """The step of `make_program`, compiled, read and run once; the optimizer's state is the gradient."""
     keep_gradient = optax.GradientTransformation(
         init=lambda model: jax.tree.map(jnp.zeros_like, model),
         update=lambda gradient, state, model: (jax.tree.map(jnp.zeros_like, gradient), gradient),

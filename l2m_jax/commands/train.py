@@ -50,7 +50,8 @@ class Train:
             made = dataset.made_with
             codec = load_codec(made.codec, made.codebooks) if self.train.sample_every else None
         finished = train(config, dataset, self.run_folder, codec, valid)
-        leave()
+        with together():
+            leave()
         if not finished:
             return 143
         if lead():
