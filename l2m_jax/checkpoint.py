@@ -17,11 +17,13 @@ import jax
 import tensorstore
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
+from rich.console import Console
 
 from l2m_jax.audio import write_atomic
 from l2m_jax.config import Config, UserError, from_json, to_json
 from l2m_jax.data import MadeWith
 from l2m_jax.model import SoundTransformer
+from l2m_jax.progress import say
 
 
 class RunInfo(NamedTuple):
@@ -53,6 +55,32 @@ def read_run(run: Path) -> RunInfo:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not the config of a run ({error})") from None
     return RunInfo(from_json(Config, values, str(path)), made_with, genres)
+
+
+def prepare_run(run: Path, info: RunInfo, console: Console) -> None:
+    """Makes the run folder, or checks that what was begun there can go on with this config and dataset."""
+    if not (run / "config.json").exists():
+        if run.is_dir() and any(run.iterdir()):
+            raise UserError(f"{run} is not empty and not a run folder; name another with --run")
+        return write_run(run, info)
+    old = read_run(run)
+    if apart := old.made_with.differences(info.made_with):
+        raise UserError(
+            f"{run} was trained on songs prepared differently ({'; '.join(apart)}): "
+            "prepare these the same way, or name another --run"
+        )
+    changed = differences(old.config, info.config)
+    free = ("train.log_every", "train.checkpoint_every", "train.keep", "train.valid_every", "train.sample", "mesh.")
+    free += ("train.remat", "train.chunk")  # the same loss, but for rounding
+    fixed = [c for c in changed if not c.startswith(free)]
+    if fixed:
+        raise UserError(
+            f"{run} was begun with another config ({'; '.join(fixed)}): give the same, or name another --run"
+        )
+    if changed:
+        say(console, f"{run}: {'; '.join(changed)}")
+        write_run(run, info)
+    return None
 
 
 def open_checkpoints(run: Path, keep: int) -> ocp.training.Checkpointer:

@@ -298,17 +298,17 @@ def make_example(record: Record, layout: Layout, memory: int) -> Example:
 
 
 def batches(
-    dataset: Dataset, model: ModelConfig, seed: int, batch: int, steps: range, rows: slice = slice(None)
+    dataset: Dataset, model: ModelConfig, seed: int, batch: int, steps: range, rows: Sequence[int] | None = None
 ) -> Iterator[Example]:
     """The batch of every step of `steps`, read ahead by a thread: row r of step n is song n * batch + r of an endless
-    sequence of shuffled epochs. `rows` is this process's part of each batch. Close the iterator when done.
+    sequence of shuffled epochs. `rows` are this process's part of each batch. Close the iterator when done.
     """
     layout = make_layout(model)
     songs: Any = grain.MapDataset.source(dataset).seed(seed).shuffle().repeat()
 
     def batch_of(step: Any) -> Example:
-        chosen = range(int(step) * batch, (int(step) + 1) * batch)[rows]
-        examples = [make_example(songs[i], layout, model.memory) for i in chosen]
+        chosen = range(batch) if rows is None else rows
+        examples = [make_example(songs[int(step) * batch + row], layout, model.memory) for row in chosen]
         return Example(*(np.stack(column) for column in zip(*examples)))
 
     ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)

@@ -58,3 +58,16 @@ class Log:
         self._bar.__exit__(None, None, None)
         self._file.close()
         self._board.close()
+
+
+class Silence:
+    """The log of a process that does not tell."""
+
+    def metrics(self, step: int, values: dict[str, Any]) -> None:
+        """Says nothing."""
+
+    def audio(self, step: int, samples: np.ndarray, rate: int) -> None:
+        """Says nothing."""
+
+    def close(self) -> None:
+        """Has nothing to write."""

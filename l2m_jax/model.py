@@ -185,9 +185,10 @@ class SoundTransformer(nnx.Module):
     def embed(self, ids: Int[Array, "B T J"], place: Place) -> Float[Array, "B T D"]:
         """Token, codebook and position embeddings, added."""
         rows = ids + self.id_space * jnp.arange(self.streams)
-        x = self.token_embedding[rows].sum(-2)
-        x = x + self.codebook_embedding[place.codebook] + self.position_embedding[place.frame]
-        return x.astype(self.dtype)
+        of_places = (
+            self.codebook_embedding[place.codebook] + self.position_embedding[place.frame]
+        )  # one sum of gradients
+        return (self.token_embedding[rows].sum(-2) + of_places).astype(self.dtype)
 
     def hidden(
         self, ids: Int[Array, "B T J"], place: Place, memory: Memory, remat: Remat = "none"

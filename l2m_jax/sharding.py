@@ -36,6 +36,16 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"norm\d/(scale|bias)$", P(None)),
 )
 
+# What devices may exchange along each axis: kind of collective -> what. Vectors may be summed along any.
+# parameters: of one layer, or of what stands outside of the layers, whole or a part; their gradients as well.
+# activations: of a device's songs and positions, D wide. keys: keys and values of its songs and heads; their gradients.
+PLAN: dict[str, dict[str, tuple[str, ...]]] = {
+    "data": {"all-reduce": ("parameters",)},
+    "fsdp": {"all-gather": ("parameters",), "all-reduce": ("parameters",), "reduce-scatter": ("parameters",)},
+    "tensor": {"all-reduce": ("activations",)},
+    "context": {"all-gather": ("keys",), "all-reduce": ("keys", "parameters"), "reduce-scatter": ("keys",)},
+}
+
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of the config over all devices; raises UserError where the product does not fit them."""

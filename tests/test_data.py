@@ -21,7 +21,7 @@ def assert_same(record, other):
         np.testing.assert_array_equal(np.asarray(ours, data.DTYPES.get(name)), theirs, err_msg=name)
 
 
-def take(dataset, steps, seed=3, batch=4, rows=slice(None)):
+def take(dataset, steps, seed=3, batch=4, rows=None):
     stream = batches(dataset, MODEL, seed, batch, steps, rows)
     taken = list(stream)
     stream.close()
@@ -198,7 +198,7 @@ def test_starting_at_a_step_is_skipping_to_it(prepared):
 
 def test_rows_of_processes_make_the_whole_batch(prepared):
     dataset = Dataset(prepared)
-    parts = [take(dataset, range(2, 4), rows=rows) for rows in (slice(0, 1), slice(1, 4))]
+    parts = [take(dataset, range(2, 4), rows=rows) for rows in ([0], [1, 2, 3])]
     for whole, *pieces in zip(take(dataset, range(2, 4)), *parts, strict=True):
         assert_equal(whole, [np.concatenate(columns) for columns in zip(*pieces)])
 

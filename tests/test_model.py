@@ -17,8 +17,8 @@ from l2m_jax.cli import PRESETS
 from l2m_jax.config import Config, ModelConfig
 from l2m_jax.data import Example
 from l2m_jax.model import KINDS, Memory, Prompt, Remat, SoundTransformer, sinusoids
+from l2m_jax.step import Totals, losses
 from l2m_jax.tokens import Layout, make_layout
-from l2m_jax.train import Totals, losses
 
 POST = ModelConfig(codebooks=2, entries=8, frames=12, memory=7, text_width=6, width=16, heads=2, layers=2)
 DEEP = dataclasses.replace(POST, layout="delay", codebooks=3, norm="deepnorm")

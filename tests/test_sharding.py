@@ -1,9 +1,10 @@
-"""The table of rules, and one train step on eight (fake) devices against the same step on one."""
+"""The tables of rules and of the plan, and the train step on eight (fake) devices against the same step on one."""
 
 import dataclasses
 import functools
 import importlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -16,38 +17,43 @@ import optax
 import pytest
 from conftest import CONFIG, make_record
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from l2m_jax import train
+from l2m_jax import step
 from l2m_jax.cli import PRESETS
+from l2m_jax.collectives import Collective, collectives
 from l2m_jax.config import Config, MeshConfig, ModelConfig, UserError
 from l2m_jax.data import Example, make_example
 from l2m_jax.model import SoundTransformer
 from l2m_jax.optim import optimizer
 from l2m_jax.sharding import (
     AXES,
+    PLAN,
     RULES,
-    batch_sharding,
     check_divides,
     make_mesh,
     path_name,
     position_sharding,
     state_shardings,
 )
+from l2m_jax.step import TrainState
 from l2m_jax.tokens import make_layout
 
-LAYOUTS = {
+LAYOUTS = {  # each axis, and every pair of two
     "data": MeshConfig(data=8),
-    "fsdp": MeshConfig(fsdp=8),
+    "fsdp": MeshConfig(data=1, fsdp=8),
     "tensor": MeshConfig(data=2, fsdp=2, tensor=2),
     "context": MeshConfig(data=4, context=2),
     "mixed": MeshConfig(data=1, fsdp=2, tensor=2, context=2),
 }
+# No two sizes are the same that a shape should tell apart: 3 layers, 32 wide, 2 key heads 8 wide, 64 positions.
+MODEL = dataclasses.replace(CONFIG.model, frames=60, memory=10, width=32, heads=4, key_heads=2, layers=3)
+SPREAD = Config(MODEL, dataclasses.replace(CONFIG.train, batch=8, chunk=16))
 
 
-def train_state(config: Config) -> train.TrainState:
+def train_state(config: Config) -> TrainState:
     model = SoundTransformer(config.model, rngs=nnx.Rngs(0))
-    return train.TrainState(model, optimizer(config.train).init(model))
+    return TrainState(model, optimizer(config.train).init(model))
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -105,7 +111,7 @@ def test_what_must_divide():
 
 
 @pytest.fixture(scope="module")
-def on_eight_devices() -> dict[str, dict[str, float]]:
+def on_eight_devices() -> dict[str, dict]:
     """What `compare` measured, in a process of its own: JAX counts its devices once."""
     # The second flag: six steps are compiled and each runs once.
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
@@ -122,8 +128,62 @@ def test_eight_devices_agree_with_one(on_eight_devices, name: str):
         print(f"{name}: {what} relative error {measured[what]:.1e}, tolerance 1e-05")
         assert measured[what] <= 1e-5
     config = LAYOUTS[name]
-    assert measured["share of a kernel"] == 1 / (max(config.fsdp, 1) * config.tensor)
-    assert measured["share of the ids"] == 1 / (8 // config.tensor)
+    assert measured["share of a kernel"] == 1 / (config.fsdp * config.tensor)
+    assert measured["share of the ids"] == config.tensor / 8
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_nothing_is_exchanged_that_the_plan_does_not_name(on_eight_devices, name: str):
+    assert not on_eight_devices[name]["not in the plan"]
+    assert on_eight_devices[name]["in the plan"]
+
+
+def test_what_the_plan_does_not_name_is_found():
+    """A stack of layers gathered at once, an activation summed over fsdp, logits gathered."""
+    mesh = {"data": 1, "fsdp": 8, "tensor": 1, "context": 1}
+    everyone = (tuple(range(8)),)
+    for kind, shape in (("all-gather", (3, 32, 128)), ("all-reduce", (8, 64, 32)), ("all-gather", (8, 64, 2, 128))):
+        found = Collective(kind, "f32", shape, 4, everyone, 1, "somewhere")
+        assert outside_plan([found], SPREAD, mesh) == [f"{kind} of {shape} along fsdp in somewhere"]
+    assert not outside_plan([Collective("all-gather", "f32", (1, 32, 128), 4, everyone, 1, "")], SPREAD, mesh)
+
+
+def outside_plan(found: list[Collective], config: Config, mesh: dict[str, int]) -> list[str]:
+    """Collectives that PLAN does not name; arrays are known by their sizes, in any order."""
+    model, layout = config.model, make_layout(config.model)
+    songs = config.train.batch // config.train.accumulate // (mesh["data"] * mesh["fsdp"])
+    here, memory = layout.positions // mesh["context"], model.memory + 2
+    chunk = math.gcd(config.train.chunk, here)
+    kinds = {"parameters": set(), "activations": set(), "keys": set()}
+    shapes = jax.eval_shape(lambda: SoundTransformer(model, rngs=nnx.Rngs(0)))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+        name = path_name(path)
+        spec = next(spec for pattern, spec in RULES if re.search(pattern, name))
+        whole = leaf.shape[-len(spec) :]
+        for axes in (("tensor",), ("tensor", "fsdp")):
+            part = (n // mesh[a] if a in axes else n for n, a in zip(whole, spec))
+            kinds["parameters"].add(sizes(tuple(part)))
+    kinds["parameters"].add(sizes((here, model.width)))  # gradients of the embeddings of places
+    for length in (here, memory, chunk):
+        kinds["activations"].add(sizes((songs, length, model.width)))
+        kinds["activations"].add(sizes((songs, length)))
+    for heads in {model.heads, model.key_heads or model.heads}:
+        for length in (layout.positions, memory):
+            local = max(heads // mesh["tensor"], 1)
+            kinds["keys"].add(sizes((songs, local, length, model.head_width)))
+    kinds["keys"].add(sizes((songs, memory, model.width)))
+    wrong = []
+    for c in found:
+        axes = c.axes(mesh)
+        planned = [any(sizes(c.shape) in kinds[k] for k in PLAN[axis].get(c.kind, ())) for axis in axes]
+        small = len(sizes(c.shape)) <= (c.kind == "all-reduce")
+        if not small and not all(planned):
+            wrong.append(f"{c.kind} of {c.shape} along {' and '.join(axes)} in {c.source}")
+    return wrong
+
+
+def sizes(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted(n for n in shape if n > 1))
 
 
 # What runs on eight devices.
@@ -135,62 +195,48 @@ def make_model(config: ModelConfig) -> SoundTransformer:
 
 
 def gradient_step(config: Config, mesh_config: MeshConfig, devices: list) -> dict:
-    """One step of `train.make_step`, laid out as `train.train` lays it out; the optimizer's state is the gradient."""
+    """The step of `make_program`, compiled, read and run once; the optimizer's state is the gradient."""
     keep_gradient = optax.GradientTransformation(
         init=lambda model: jax.tree.map(jnp.zeros_like, model),
         update=lambda gradient, state, model: (jax.tree.map(jnp.zeros_like, gradient), gradient),
     )
-    train.optimizer = lambda _: keep_gradient
-    layout, mesh = make_layout(config.model), make_mesh(mesh_config, devices)
-    micro = config.train.batch // config.train.accumulate
-    check_divides(mesh, micro, config.model.heads, config.model.width, layout.positions)
-
-    model = make_model(config.model)
-    state = train.TrainState(model, keep_gradient.init(model))
+    step.optimizer = lambda _: keep_gradient
+    mesh = make_mesh(mesh_config, devices)
+    program = step.make_program(config, mesh)
+    records = [make_record(i, frames=20 + 3 * i) for i in range(config.train.batch)]
+    examples = [make_example(record, make_layout(config.model), config.model.memory) for record in records]
+    batch = jax.device_put(Example(*map(np.stack, zip(*examples))), program.batch)
     with jax.set_mesh(mesh):
-        shardings = state_shardings(state, mesh)
-        state = jax.device_put(state, shardings)
-        positions, everywhere = position_sharding(mesh), NamedSharding(mesh, PartitionSpec())
-        seen = []
-
-        def shard_positions(x: jax.Array) -> jax.Array:
-            x = jax.lax.with_sharding_constraint(x, positions)
-            jax.debug.inspect_array_sharding(x, callback=seen.append)
-            return x
-
-        step = jax.jit(
-            train.make_step(config, layout, shard_positions),
-            in_shardings=(shardings, everywhere, batch_sharding(mesh)),
-            out_shardings=(shardings, everywhere),
-        )
-        records = [make_record(i, frames=20 + 3 * i) for i in range(config.train.batch)]
-        examples = [make_example(record, layout, config.model.memory) for record in records]
-        batch = Example(*map(np.stack, zip(*examples)))
-        new, metrics = step(state, jnp.array(0), jax.device_put(batch, batch_sharding(mesh)))
-    kernel = state.model.layers.up.kernel[...]
+        model = make_model(config.model)
+        state = jax.device_put(TrainState(model, keep_gradient.init(model)), program.shardings)
+        compiled = program.step.lower(state, np.int32(0), batch).compile()
+        found = collectives(compiled.as_text())
+        kernel = state.model.layers.up.kernel[...]
+        share = kernel.addressable_shards[0].data.size / kernel.size
+        new, metrics = compiled(state, np.int32(0), batch)
     return {
         "loss": float(metrics["loss"]),
         "gradient": [np.asarray(x) for x in jax.tree.leaves(new.optimizer)],
-        "share of a kernel": kernel.addressable_shards[0].data.size / kernel.size,
-        "share of the ids": np.prod(seen[0].shard_shape(batch.ids.shape)) / batch.ids.size,
+        "share of a kernel": share,
+        "share of the ids": np.prod(position_sharding(mesh).shard_shape(batch.ids.shape)) / batch.ids.size,
+        "not in the plan": outside_plan(found, config, dict(mesh.shape)),
+        "in the plan": len(found),
     }
 
 
-def compare() -> dict[str, dict[str, float]]:
+def compare() -> dict[str, dict]:
     """Relative errors of loss and gradient of every layout against one device; `mixed` also accumulates."""
-    config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, batch=8))
-    twice = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulate=2))
-    one = gradient_step(config, MeshConfig(data=1), jax.devices()[:1])
+    twice = dataclasses.replace(SPREAD, train=dataclasses.replace(SPREAD.train, accumulate=2))
+    one = gradient_step(SPREAD, MeshConfig(data=1), jax.devices()[:1])
     largest = max(np.abs(x).max() for x in one["gradient"])
     measured = {}
     for name, mesh_config in LAYOUTS.items():
-        many = gradient_step(twice if name == "mixed" else config, mesh_config, jax.devices())
+        many = gradient_step(twice if name == "mixed" else SPREAD, mesh_config, jax.devices())
         error = max(
             np.abs(a - b).max() / max(np.abs(a).max(), 1e-2 * largest)  # key biases have no gradient but rounding
-            for a, b in zip(one["gradient"], many["gradient"])
+            for a, b in zip(one["gradient"], many.pop("gradient"))
         )
-        many |= {"loss": abs(many["loss"] / one["loss"] - 1), "gradient": float(error)}
-        measured[name] = {key: float(value) for key, value in many.items()}
+        measured[name] = many | {"loss": abs(many["loss"] / one["loss"] - 1), "gradient": float(error)}
     return measured
 
 

@@ -19,13 +19,15 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 from l2m_jax import train as module
-from l2m_jax.checkpoint import RunInfo, load_model, read_run
+from l2m_jax.checkpoint import RunInfo, load_model, prepare_run, read_run
 from l2m_jax.config import Config, MeshConfig, UserError
 from l2m_jax.data import Dataset, Example, batches, make_example
 from l2m_jax.log import Log
-from l2m_jax.sharding import batch_sharding, make_mesh
+from l2m_jax.model import Prompt
+from l2m_jax.sharding import make_mesh
+from l2m_jax.step import keep_conditions, losses, make_program
 from l2m_jax.tokens import make_layout
-from l2m_jax.train import keep_conditions, losses, make_evaluate, prepare_run, train
+from l2m_jax.train import make_evaluate, train
 
 LAYOUT = make_layout(CONFIG.model)
 
@@ -101,8 +103,8 @@ def test_killed_run_goes_on_from_its_last_checkpoint(tmp_path, prepared, trained
         "from l2m_jax.config import *\n"
         f"config = {CONFIG!r}\n"
         "batches = train.batches\n"
-        "def killed(dataset, model, seed, batch, steps):\n"
-        "    for step, example in zip(steps, batches(dataset, model, seed, batch, steps)):\n"
+        "def killed(dataset, model, seed, batch, steps, rows):\n"
+        "    for step, example in zip(steps, batches(dataset, model, seed, batch, steps, rows)):\n"
         "        while step == 7:\n"
         f"            if Path({str(run)!r}, 'checkpoints', '4').exists():\n"
         "                os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -171,7 +173,7 @@ def test_loss_is_the_mean_over_codes_and_does_not_depend_on_chunk_or_remat(prepa
     total = jax.jit(lambda m, b, k: losses(m, b, k, LAYOUT, 16, "layer"))(model, batch, keep)
 
     def plain(model, batch):
-        memory = model.memory(module.Prompt(*batch[2:]), keep)
+        memory = model.memory(Prompt(*batch[2:]), keep)
         hidden = model.hidden(batch.ids, LAYOUT.place(jnp.arange(batch.ids.shape[1])), memory)
         return jax.nn.log_softmax(model.logits(hidden))
 
@@ -183,12 +185,12 @@ def test_loss_is_the_mean_over_codes_and_does_not_depend_on_chunk_or_remat(prepa
 
 @pytest.mark.parametrize("songs", [8, 7, 3])
 def test_valid_loss_is_that_of_its_songs_and_of_nothing_that_fills(prepared, trained, songs):
-    dataset, placed = Dataset(prepared), batch_sharding(make_mesh(MeshConfig()))
+    dataset, program = Dataset(prepared), make_program(CONFIG, make_mesh(MeshConfig()))
     model = load_model(trained)[0]
     total = jax.jit(lambda m, b, k: losses(m, b, k, LAYOUT, 64, "none"))(
         model, one_batch(dataset, songs), jnp.ones((songs, 2), bool)
     )
-    found = make_evaluate(CONFIG, LAYOUT, dataset, placed, songs)(model)
+    found = make_evaluate(CONFIG, LAYOUT, dataset, program, songs)(model)
     np.testing.assert_allclose(found, float(total.nats.sum()) / int(total.codes.sum()), rtol=1e-6)
 
 

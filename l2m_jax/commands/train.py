@@ -23,6 +23,12 @@ class Train:
     """Preset (tiny, small, base, large, demo) or path of a Python file that defines `config`."""
     valid: Path | None = None
     """Prepared dataset of held-out songs; its loss is logged."""
+    coordinator: str = ""
+    """More than one process where JAX does not find the others itself: HOST:PORT of process 0 (docs/parallel.md)."""
+    processes: int = 0
+    """With --coordinator: how many processes there are."""
+    process: int = -1
+    """With --coordinator: which of them this is, from 0."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -31,16 +37,23 @@ class Train:
         """Does it; returns the exit status."""
         from l2m_jax.compiled import keep_compiled
         from l2m_jax.data import Dataset
+        from l2m_jax.hosts import join, lead, leave, together
         from l2m_jax.train import train
         from l2m_jax.weights import load_codec
 
+        join(self.coordinator, self.processes, self.process)
         keep_compiled()
         config = Config(self.model, self.train, self.mesh)
-        dataset = Dataset(self.data)
-        valid = None if self.valid is None else Dataset(self.valid)
-        made = dataset.made_with
-        codec = load_codec(made.codec, made.codebooks) if self.train.sample_every else None
-        if not train(config, dataset, self.run_folder, codec, valid):
+        with together():
+            dataset = Dataset(self.data)
+            valid = None if self.valid is None else Dataset(self.valid)
+            made = dataset.made_with
+            codec = load_codec(made.codec, made.codebooks) if self.train.sample_every else None
+        finished = train(config, dataset, self.run_folder, codec, valid)
+        with together():
+            leave()
+        if not finished:
             return 143
-        print(f"trained: {self.run_folder}; sing with: l2m generate {self.run_folder} --lyrics TEXT -o song.wav")
+        if lead():
+            print(f"trained: {self.run_folder}; sing with: l2m generate {self.run_folder} --lyrics TEXT -o song.wav")
         return 0
