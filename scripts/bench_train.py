@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -69,7 +70,7 @@ def train(codes: int, steps: int) -> dict[str, float]:
     batch = jax.tree.map(lambda x: jax.numpy.asarray(x)[None], example)
 
     def init() -> TrainState:
-        model = SoundTransformer(config.model, rngs=nnx.Rngs(0))
+        model: Any = SoundTransformer(config.model, rngs=nnx.Rngs(0))
         return TrainState(model, optimizer(config.train).init(model))
 
     state = jax.block_until_ready(jax.jit(init)())
