@@ -14,8 +14,8 @@ from l2m_jax.data import Example
 from l2m_jax.plan import model_shapes
 from l2m_jax.roofline import Roofline, Work, attention, products, rate, roofline, step_work
 from l2m_jax.sharding import AXES
-from l2m_jax.tokens import make_layout
 from l2m_jax.step import losses
+from l2m_jax.tokens import make_layout
 
 ONE = dict.fromkeys(AXES, 1)
 CONFIG = Config(
