@@ -1,4 +1,4 @@
-"""Writes the table of docs/plan.md: presets on slices of TPUs, each plan compiled by `l2m plan` in a process of its own.
+"""Writes the table of docs/plan.md: presets on slices of TPUs, each compiled by `l2m plan` in a process of its own.
 
     python scripts/plan_table.py docs/plan.md        (needs the extra `tpu`; a few minutes a row on two cores)
 
@@ -20,7 +20,9 @@ ROWS = [  # preset, slice, songs a step; the mesh is the preset's
     *(("base", slices, chips) for slices, chips in (("v5e:4x4", 16), ("v5p:2x2x2", 8), ("v6e:2x4", 8))),
     *(("large", slices, chips) for slices, chips in (("v5e:8x8", 64), ("v5p:4x4x4", 64), ("v6e:8x8", 64))),
 ]
-HEADS = "preset, slice, songs a step, GiB a chip, of, collectives MiB a chip, least s a step, bound, peak at most, chip-hours"
+HEADS = (
+    "preset, slice, songs a step, GiB a chip, of, MiB sent a chip, least s a step, bound by, peak at most, chip-hours"
+)
 
 
 def row(preset: str, topology: str, songs: int) -> list[str]:
@@ -51,6 +53,8 @@ def row(preset: str, topology: str, songs: int) -> list[str]:
 def main(path: Path) -> None:
     """Compiles every row and writes the table."""
     text = path.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        sys.exit(f"{path}: no {BEGIN.strip()} ... {END.strip()}")
     before, after = text.partition(BEGIN)[0], text.partition(END)[2]
     heads = HEADS.split(", ")
     lines = [heads, ["---"] * len(heads)]
@@ -58,8 +62,7 @@ def main(path: Path) -> None:
         lines.append(row(*wanted))
         print(*lines[-1], flush=True)
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    with write_atomic(path) as part:
-        part.write_text(before + BEGIN + table + END + after, encoding="utf-8")
+    write_atomic(path, (before + BEGIN + table + END + after).encode())
 
 
 if __name__ == "__main__":
