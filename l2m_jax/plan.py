@@ -1,6 +1,6 @@
 """What a run would take on chips that are not there: the real programs, compiled ahead of time. After `generate`.
 
-`train_plan` compiles the train step of `train`, `decode_plan` the decode loop of `sample`; what they say of memory and
+`train_plan` compiles the train step of `step`, `decode_plan` the decode loop of `sample`; what they say of memory and
 of collectives is the compiler's, what they say of FLOPs and of the least time is `roofline`'s.
 """
 
@@ -23,11 +23,10 @@ from l2m_jax.collectives import collectives
 from l2m_jax.config import Config, MeshConfig, SampleConfig
 from l2m_jax.data import Example
 from l2m_jax.model import Prompt, SoundTransformer
-from l2m_jax.optim import optimizer
 from l2m_jax.roofline import Roofline, Traffic, Work, decode_work, roofline, step_work, sum_up
 from l2m_jax.rule import variants
-from l2m_jax.sharding import batch_sharding, check_divides, make_mesh, position_sharding, state_shardings
-from l2m_jax.step import TrainState, make_step
+from l2m_jax.sharding import make_mesh
+from l2m_jax.step import make_program
 from l2m_jax.tokens import Layout, make_layout
 
 
@@ -79,14 +78,6 @@ def for_chips(config: Config, topology: Topology) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
 
 
-def plan_mesh(config: Config, topology: Topology) -> Mesh:
-    """The mesh of the config over the slice. UserError where the model or the batch do not divide over it."""
-    mesh, layout = make_mesh(config.mesh, topology.devices), make_layout(config.model)
-    micro = config.train.batch // config.train.accumulate
-    check_divides(mesh, micro, config.model.heads, config.model.width, layout.positions, config.model.key_heads)
-    return mesh
-
-
 def model_shapes(config: Config) -> Any:
     """The model's parameters as shapes."""
     return jax.eval_shape(lambda: SoundTransformer(config.model, rngs=nnx.Rngs(0)))
@@ -95,25 +86,14 @@ def model_shapes(config: Config) -> Any:
 def train_plan(config: Config, topology: Topology) -> Plan:
     """The train step as `l2m train` runs it. UserError where the mesh does not divide the model or the batch."""
     config = for_chips(config, topology)
-    mesh, layout = plan_mesh(config, topology), make_layout(config.model)
-    positions, everywhere = position_sharding(mesh), NamedSharding(mesh, PartitionSpec())
-    model = model_shapes(config)
-    state = TrainState(model, jax.eval_shape(optimizer(config.train).init, model))
-    shardings = state_shardings(state, mesh)
-    step = make_step(config, layout, lambda x: jax.lax.with_sharding_constraint(x, positions))
-    function = jax.jit(
-        step,
-        in_shardings=(shardings, everywhere, batch_sharding(mesh)),
-        out_shardings=(shardings, everywhere),
-        donate_argnums=0,
-    )
-    batch = _batch(config, layout)
+    mesh, layout = make_mesh(config.mesh, topology.devices), make_layout(config.model)
+    program = make_program(config, mesh)
     begun = time.perf_counter()
     with jax.set_mesh(mesh):
-        lowered = function.lower(state, jax.ShapeDtypeStruct((), np.int32), batch)
+        lowered = program.step.lower(program.shapes, jax.ShapeDtypeStruct((), np.int32), _batch(config, layout))
     compiled, problem = _compile(lowered)
-    held = [_bytes(state.model, shardings.model), _bytes(state.optimizer, shardings.optimizer)]
-    work = step_work(model, config, mesh.shape)
+    held = [_bytes(*pair) for pair in zip(program.shapes, program.shardings)]
+    work = step_work(program.shapes.model, config, mesh.shape)
     return _plan("train", config, topology, mesh, config.train.batch, compiled, problem, held, work, begun)
 
 

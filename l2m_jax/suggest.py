@@ -10,9 +10,9 @@ import jax
 
 from l2m_jax.chips import Topology
 from l2m_jax.config import Config, MeshConfig, UserError
-from l2m_jax.plan import Plan, for_chips, model_shapes, plan_mesh, train_plan
+from l2m_jax.plan import Plan, for_chips, model_shapes, train_plan
 from l2m_jax.roofline import STATE, roofline, step_work
-from l2m_jax.sharding import AXES
+from l2m_jax.sharding import AXES, check_divides, make_mesh
 from l2m_jax.tokens import make_layout
 
 KEPT = {"layer": 1, "attention": 2, "none": 24}  # arrays T x D that a layer keeps for its backward pass, about
@@ -32,18 +32,19 @@ def candidates(config: Config, topology: Topology, batch: int | None) -> list[Ca
     assert topology.chip is not None
     config = for_chips(config, topology)
     model, found = model_shapes(config), []
+    heads, positions = config.model.heads, make_layout(config.model).positions
     for mesh in meshes(len(topology.devices)):
-        groups = mesh.data * mesh.fsdp
+        made, groups = make_mesh(mesh, topology.devices), mesh.data * mesh.fsdp
         for songs in [batch] if batch else [n * groups for n in SONGS]:
             for remat in KEPT:
                 # One pass: more songs at a time are what `batch` tries, and micro-batches gather anew.
                 train = dataclasses.replace(config.train, batch=songs, accumulate=1, remat=remat)
                 one = dataclasses.replace(config, train=train, mesh=mesh)
                 try:
-                    sizes = plan_mesh(one, topology).shape
+                    check_divides(made, songs, heads, config.model.width, positions, config.model.key_heads)
                 except UserError:
                     continue
-                seconds = roofline(step_work(model, one, sizes), topology.chip).seconds / songs
+                seconds = roofline(step_work(model, one, made.shape), topology.chip).seconds / songs
                 found.append(Candidate(one, seconds, about(model, one)))
     if not found:
         raise UserError(f"--suggest: no mesh of {len(topology.devices)} chips divides this model and batch")

@@ -90,8 +90,6 @@ def test_candidates_divide_and_are_ranked():
     assert [c.seconds for c in found] == sorted(c.seconds for c in found)
     assert {c.config.model.dtype for c in found} == {"bfloat16"}
     assert {c.config.train.batch for c in candidates(CONFIG, topology, batch=3)} == {3}
-    with pytest.raises(UserError, match="no mesh of 1 chips divides"):
-        candidates(CONFIG, topology._replace(devices=jax.devices()[:1]), batch=0.5)  # pyright: ignore
 
 
 @pytest.mark.parametrize("text, names", [("fsdp", "'fsdp' is not"), ("a=1", "'a=1'"), ("data=x", "data=x"), ("", "''")])
