@@ -37,7 +37,6 @@ def estimate(parts: Float[np.ndarray, " N"], whole: Float[np.ndarray, " N"] | No
         return Estimate(float(above / below), None, None, 1)
     rng, alike = np.random.default_rng(0), np.full(len(pairs), 1 / len(pairs))
     # How often each song is drawn; a hundred resamples at a time, so that many songs fit into memory.
-    drawn = [rng.multinomial(len(pairs), alike, 100) @ pairs for _ in range(RESAMPLES // 100)]
-    values = np.divide(*np.concatenate(drawn).T)
-    low, high = np.quantile(values, [(1 - SHARE) / 2, (1 + SHARE) / 2])
+    sums = np.concatenate([rng.multinomial(len(pairs), alike, 100) @ pairs for _ in range(RESAMPLES // 100)])
+    low, high = np.quantile(sums[:, 0] / sums[:, 1], [(1 - SHARE) / 2, (1 + SHARE) / 2])
     return Estimate(float(above / below), float(low), float(high), len(pairs))

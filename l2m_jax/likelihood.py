@@ -81,7 +81,7 @@ def choose_donors(texts: Sequence[Text]) -> list[Donors]:
     """Another song's lyrics, of the same genre where possible, and another genre, for each song: no song's own.
 
     Songs stand in a circle in the order of their hashed names, whatever their order in the dataset, and each takes from
-    the next that will do: within a genre no lyrics are taken twice. None where no song will do.
+    the next that will do, so that within a genre of different words each is taken once. None where no song will do.
     """
     order = sorted(range(len(texts)), key=lambda i: hashlib.sha256(texts[i].song.encode()).digest())
     place = {i: at for at, i in enumerate(order)}

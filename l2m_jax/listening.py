@@ -239,7 +239,7 @@ def _genres(heard: Sequence[Heard], asked: Sequence[Asked], known: Known) -> dic
     return {"right": estimate(np.array(right)), "confusion": confusion} if right else None
 
 
-def _starts_errors(heard: Sequence[Heard], starts: Sequence[Float[np.ndarray, " W"] | None]) -> dict[str, Any] | None:
+def _starts_errors(heard: Sequence[Heard], starts: Sequence[Float[np.ndarray, " _"] | None]) -> dict[str, Any] | None:
     """How far notes begin from these starts, of the songs that have one note a word."""
     pairs = [
         (np.array([note.start for note in h.sung.notes]), times)
