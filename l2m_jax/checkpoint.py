@@ -55,7 +55,9 @@ def read_run(run: Path) -> RunInfo:
         content = json.loads(path.read_text(encoding="utf-8"))
         made_with = MadeWith(**content["made_with"])
         values, genres = content["config"], list(content["genres"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(remat := values["train"].get("remat"), bool):  # of runs begun when it was yes or no
+            values["train"]["remat"] = "layer" if remat else "none"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not the config of a run ({error})") from None
     return RunInfo(from_json(Config, values, str(path)), made_with, genres)
 

@@ -132,10 +132,11 @@ class TrainConfig:
     """Largest global norm of the gradient."""
     dropout: tuple[float, float, float] = (0.07, 0.06, 0.07)
     """Condition dropout, one draw a song: share of songs without lyrics, without genre, without both."""
-    remat: bool = True
-    """Recompute each layer in the backward pass: less memory, about a third more work."""
+    remat: Literal["none", "attention", "layer"] = "attention"
+    """What the backward pass computes anew. layer: each layer, from its input; attention: the same, but the results of
+    self-attention are kept, most of the work of long songs; none: nothing, fastest where memory is plenty."""
     chunk: int = 1024
-    """Positions whose logits are in memory at a time."""
+    """Positions of each `context` shard whose logits are in memory at a time."""
     log_every: int = 10
     """Steps between lines of the terminal and of TensorBoard; metrics.jsonl has every step."""
     checkpoint_every: int = 500

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,15 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from l2m_jax.attention import attention, cached_attention, platform, write_page
+from l2m_jax.blockwise import KEPT
 from l2m_jax.config import ModelConfig
 from l2m_jax.lyrics import SECTIONS
 from l2m_jax.tokens import AnyArray, Place, make_layout
 
 GENRE, LYRIC = 0, 1
 KINDS = 2
+STRIP = 1024  # positions
+Remat = Literal["none", "attention", "layer"]
 
 
 class Prompt(NamedTuple):
@@ -99,23 +102,39 @@ class Layer(nnx.Module):
         self.norm2 = nnx.LayerNorm(config.width, dtype=dtype, rngs=rngs)
         self.norm3 = nnx.LayerNorm(config.width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], memory: Memory) -> Float[Array, "B T D"]:
-        """The whole sequence at once (training)."""
-        return self.prefill(x, memory)[0]
+    def __call__(self, x: Float[Array, "B T D"], memory: Memory, strip: int = 0) -> Float[Array, "B T D"]:
+        """The whole sequence at once (training); what follows self-attention by `strip` positions, if that is not 0.
+
+        The backward pass computes each strip anew: what is D or 4 D wide never stands whole.
+        """
+        attended, _ = self._attend(x)
+        lyrics = self.cross_attention.keys_values(memory.states)
+        if not strip or x.shape[1] % strip:
+            return self._rest(x, attended, lyrics, memory.seen)
+
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def rest(x: Array, attended: Array) -> Array:
+            return self._rest(x, attended, lyrics, memory.seen)
+
+        x = jnp.moveaxis(x.reshape(len(x), -1, strip, x.shape[2]), 1, 0)
+        attended = jnp.moveaxis(attended.reshape(*attended.shape[:2], -1, strip, attended.shape[3]), 2, 0)
+        x = jax.lax.map(lambda part: rest(*part), (x, attended))
+        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, x.shape[3])
 
     def prefill(self, x: Float[Array, "B T D"], memory: Memory) -> tuple[Float[Array, "B T D"], KeysValues]:
         """The whole sequence at once, with its keys and values for the steps that follow."""
-        x, kept = self._sequence(x)
-        return self._rest(x, self.cross_attention.keys_values(memory.states), memory.seen), kept
+        attended, kept = self._attend(x)
+        return self._rest(x, attended, self.cross_attention.keys_values(memory.states), memory.seen), kept
 
     def look(
         self, x: Float[Array, "B T D"], memory: Memory
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B N T H"], Float[Array, "B _ M H"]]:
         """The whole sequence at once, with queries and keys of the cross-attention: what looks at which word."""
-        x, _ = self._sequence(x)
-        kept = self.cross_attention.keys_values(memory.states)
-        queries = self.cross_attention.queries(self._before(self.norm2, x))
-        return self._rest(x, kept, memory.seen), queries, kept.keys
+        attended, _ = self._attend(x)
+        lyrics = self.cross_attention.keys_values(memory.states)
+        after = self._after(self.norm1, x, self.self_attention.merge(attended))
+        queries = self.cross_attention.queries(self._before(self.norm2, after))
+        return self._rest(x, attended, lyrics, memory.seen), queries, lyrics.keys
 
     def step(
         self,
@@ -131,17 +150,16 @@ class Layer(nnx.Module):
         cache = Pages(write_page(cache.keys, new.keys, at), write_page(cache.values, new.values, at))
         rows = new.keys.shape[0] * new.keys.shape[1]
         attended = cached_attention(self.self_attention.queries(before), *cache, rows, at)
-        return self._rest(self._after(self.norm1, x, self.self_attention.merge(attended)), memory, seen), cache
+        return self._rest(x, attended, memory, seen), cache
 
-    def _sequence(self, x: Array) -> tuple[Array, KeysValues]:
-        """Self-attention of the whole sequence."""
+    def _attend(self, x: Array) -> tuple[Array, KeysValues]:
+        """What self-attention finds in the whole sequence, and its keys and values."""
         before = self._before(self.norm1, x)
         kept = self.self_attention.keys_values(before)
-        attended = attention(self.self_attention.queries(before), *kept)
-        return self._after(self.norm1, x, self.self_attention.merge(attended)), kept
+        return attention(self.self_attention.queries(before), *kept), kept
 
-    def _rest(self, x: Array, memory: KeysValues, seen: Array) -> Array:
-        """Cross-attention and MLP."""
+    def _rest(self, x: Array, attended: Array, memory: KeysValues, seen: Array) -> Array:
+        x = self._after(self.norm1, x, self.self_attention.merge(attended))
         attended = attention(self.cross_attention.queries(self._before(self.norm2, x)), *memory, seen)
         x = self._after(self.norm2, x, self.cross_attention.merge(attended))
         return self._after(self.norm3, x, self.down(jax.nn.gelu(self.up(self._before(self.norm3, x)))))
@@ -198,19 +216,26 @@ class SoundTransformer(nnx.Module):
         return x.astype(self.dtype)
 
     def hidden(
-        self, ids: Int[Array, "B T J"], place: Place, memory: Memory, remat: bool = False
+        self, ids: Int[Array, "B T J"], place: Place, memory: Memory, remat: Remat = "none"
     ) -> Float[Array, "B T D"]:
-        """States of every position, the whole sequence at once; `remat` recomputes each layer in the backward pass."""
+        """States of every position, the whole sequence at once; `remat` is what the backward pass computes anew."""
+
+        # On many devices a strip would have each gather the weights, and a device's share of a song is short already.
+        alone = jax.sharding.get_abstract_mesh().empty or jax.sharding.get_abstract_mesh().size == 1
+        strip = STRIP if alone and remat != "none" else 0
 
         def apply(x: Array, layer: Layer) -> tuple[Array, None]:
-            return layer(x, memory), None
+            return layer(x, memory, strip), None
 
-        return jax.lax.scan(jax.checkpoint(apply) if remat else apply, self.embed(ids, place), self.layers)[0]
+        if remat != "none":  # in a scan nothing of the forward pass can be mistaken for it: CSE need not be prevented
+            keep = jax.checkpoint_policies.save_only_these_names(*([KEPT] if remat == "attention" else []))
+            apply = jax.checkpoint(apply, policy=keep, prevent_cse=False)
+        return jax.lax.scan(apply, self.embed(ids, place), self.layers)[0]
 
-    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T J W"]:
+    def logits(self, hidden: Float[Array, "*T D"]) -> Float[Array, "*T J W"]:
         """Float32 logits of every stream; ids that pad the space are -inf."""
         hidden = hidden if self.final_norm is None else self.final_norm(hidden)
-        logits = self.head(hidden).astype(jnp.float32).reshape(*hidden.shape[:2], self.streams, self.id_space)
+        logits = self.head(hidden).astype(jnp.float32).reshape(*hidden.shape[:-1], self.streams, self.id_space)
         return jnp.where(jnp.arange(self.id_space) <= self.last_id, logits, -jnp.inf)
 
     def unstacked(self) -> SoundTransformer:

@@ -82,7 +82,7 @@ def position_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(("data", "fsdp"), "context"))
 
 
-def check_divides(mesh: Mesh, songs: int, heads: int, width: int, positions: int) -> None:
+def check_divides(mesh: Mesh, songs: int, heads: int, width: int, positions: int, key_heads: int = 0) -> None:
     """Raises UserError where a dimension does not divide over its axis. `songs` are those of one micro-batch."""
     size = dict(mesh.shape)
     for what, number, axis, parts in (
@@ -93,3 +93,8 @@ def check_divides(mesh: Mesh, songs: int, heads: int, width: int, positions: int
     ):
         if number % parts:
             raise UserError(f"{what} is {number}, which does not divide over mesh.{axis} = {parts}")
+    keys, parts = key_heads or heads, size["tensor"]
+    if keys % parts and (
+        parts % keys or width // heads * keys % parts
+    ):  # devices may share a key head, not parts of two
+        raise UserError(f"model.key_heads is {keys}: it must divide over mesh.tensor = {parts}, or divide {parts}")

@@ -28,7 +28,7 @@ from l2m_jax.config import Config, SampleConfig, TrainConfig, UserError
 from l2m_jax.data import Dataset, Example, batches, make_example
 from l2m_jax.follow import make_follow
 from l2m_jax.log import Log
-from l2m_jax.model import KINDS, Prompt, SoundTransformer
+from l2m_jax.model import KINDS, Prompt, Remat, SoundTransformer
 from l2m_jax.optim import optimizer, schedule
 from l2m_jax.progress import say
 from l2m_jax.sample import sample_codes
@@ -63,16 +63,20 @@ def keep_conditions(
 
 
 def losses(
-    model: SoundTransformer, batch: Example, keep: Bool[Array, "B kinds"], layout: Layout, chunk: int, remat: bool
+    model: SoundTransformer, batch: Example, keep: Bool[Array, "B kinds"], layout: Layout, chunk: int, remat: Remat
 ) -> Totals:
-    """Cross-entropy of the next code over the whole id space, PAD ignored, `chunk` positions' logits at a time."""
+    """Cross-entropy of the next code over the whole id space, PAD ignored, `chunk` positions' logits at a time.
+
+    Where positions are split over devices, each goes through its own: no chunk reaches over the edge of a shard.
+    """
     ids, targets = jnp.asarray(batch.ids), jnp.asarray(batch.targets)
     memory = model.memory(Prompt(batch.states, batch.kind, batch.section, batch.position), keep)
     hidden = model.hidden(ids, layout.place(jnp.arange(ids.shape[1])), memory, remat)
-    size = math.gcd(chunk, ids.shape[1])
+    shards = jax.sharding.get_abstract_mesh().shape.get("context", 1)
+    size = math.gcd(chunk, ids.shape[1] // shards)
 
     def split(x: Array) -> Array:
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+        return jnp.moveaxis(x.reshape(x.shape[0], shards, -1, size, *x.shape[2:]), 2, 0)
 
     @jax.checkpoint
     def add(totals: Totals, part: tuple[Array, Array]) -> tuple[Totals, None]:
@@ -80,7 +84,7 @@ def losses(
         counts = targets != layout.pad
         nats = optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden), targets)
         nats = jnp.where(counts, nats, 0.0)
-        return Totals(totals.nats + nats.sum((0, 1)), totals.codes + counts.sum((0, 1))), None
+        return Totals(totals.nats + nats.sum((0, 1, 2)), totals.codes + counts.sum((0, 1, 2))), None
 
     zero = Totals(jnp.zeros(layout.streams), jnp.zeros(layout.streams, jnp.int32))
     return jax.lax.scan(add, zero, (split(hidden), split(targets)))[0]
@@ -148,7 +152,7 @@ def train(
         raise UserError(f"{valid.folder} and {dataset.folder} were prepared differently ({'; '.join(apart)})")
     layout, mesh = make_layout(config.model), make_mesh(config.mesh)
     micro = config.train.batch // config.train.accumulate
-    check_divides(mesh, micro, config.model.heads, config.model.width, layout.positions)
+    check_divides(mesh, micro, config.model.heads, config.model.width, layout.positions, config.model.key_heads)
     prepare_run(run, RunInfo(config, dataset.made_with, dataset.genres), console)
     report_cut(dataset, config, console)
 
@@ -243,6 +247,7 @@ def prepare_run(run: Path, info: RunInfo, console: Console) -> None:
         )
     changed = differences(old.config, info.config)
     free = ("train.log_every", "train.checkpoint_every", "train.keep", "train.valid_every", "train.sample", "mesh.")
+    free += ("train.remat", "train.chunk")  # the same loss, but for rounding
     fixed = [c for c in changed if not c.startswith(free)]
     if fixed:
         raise UserError(
@@ -277,7 +282,7 @@ def make_evaluate(config: Config, layout: Layout, valid: Dataset, placed: NamedS
     @jax.jit
     def totals(model: SoundTransformer, batch: Example) -> Totals:
         keep = jnp.ones((len(batch.ids), KINDS), bool)
-        return losses(model, batch, keep, layout, config.train.chunk, remat=False)
+        return losses(model, batch, keep, layout, config.train.chunk, remat="none")
 
     def evaluate(model: SoundTransformer) -> float:
         parts = [totals(model, jax.device_put(batch, placed)) for batch in stacked]

@@ -50,6 +50,7 @@ from l2m_jax.weights import load_codec  # noqa: E402
 
 RULE = SampleConfig(temperature=1.0, top_k=250, guidance_lyrics=1.0, guidance_genre=1.0)
 SMALL = load_preset("small").model
+KEY_HEADS = SMALL.key_width // SMALL.head_width
 LYRICS = 256  # states, as the yardsticks have
 
 
@@ -87,8 +88,8 @@ class Loop:
         most = self.layout.frames
         self.context = sample._start(self.model, self.layout, prompt, RULE, [0], [most], [most], [none])
         self.at = at // self.layout.streams
-        heads, page = SMALL.heads, sample.cache_size(1, self.layout)
-        pages = heads * sample.cache_size(self.at + 1, self.layout) // page
+        page = sample.cache_size(1, self.layout)
+        pages = KEY_HEADS * sample.cache_size(self.at + 1, self.layout) // page
         empty = jnp.zeros((pages, page, SMALL.head_width))
         self.cache = [Pages(empty.copy(), empty.copy()) for _ in self.model.layers]
         self.state = sample.SampleState(
@@ -119,7 +120,7 @@ class Loop:
         ]
         weights = sum(leaf.nbytes for leaf in jax.tree.leaves((layers, self.model.head, self.context.lyrics)))
         return weights + sum(
-            leaf[:1].nbytes * self.at * SMALL.heads // leaf.shape[1] for leaf in jax.tree.leaves(self.cache)
+            leaf[:1].nbytes * self.at * KEY_HEADS // leaf.shape[1] for leaf in jax.tree.leaves(self.cache)
         )
 
 
@@ -192,12 +193,12 @@ def memory() -> dict[str, float]:
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     while True:
         loop.run(2)
-        size = loop.cache[0].keys.shape[0] * loop.cache[0].keys.shape[1] // SMALL.heads
+        size = loop.cache[0].keys.shape[0] * loop.cache[0].keys.shape[1] // KEY_HEADS
         if size >= loop.layout.positions:
             break
         loop.at = size + 1
         page = loop.cache[0].keys.shape[1]
-        sample.grow(loop.cache, SMALL.heads * sample.cache_size(loop.at + 2, loop.layout) // page)
+        sample.grow(loop.cache, KEY_HEADS * sample.cache_size(loop.at + 2, loop.layout) // page)
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves((loop.model, loop.cache)))
     return {"peak": resident("VmHWM") - base, "weights_and_cache": needed}
 

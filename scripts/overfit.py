@@ -86,7 +86,7 @@ def main(job: Overfit) -> None:
         ),
         train=TrainConfig(
             batch=2, steps=job.steps, lr_max=1e-3, lr_min=1e-5, warmup=50, weight_decay=0.0, dropout=(0.0, 0.0, 0.0),
-            checkpoint_every=50, remat=False,
+            checkpoint_every=50, remat="none",
         ),
     )  # fmt: skip
     run = job.out / f"run_{job.layout}"

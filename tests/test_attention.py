@@ -1,16 +1,21 @@
 """Attention of every platform against the formula, forwards and backwards; a cache in pages; grouped heads."""
 
 import functools
+import json
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
-from jax.sharding import AxisType
 
 from l2m_jax import attention as module
 from l2m_jax.attention import attend, attention, cached_attention, to_pages, write_page
+from l2m_jax.config import MeshConfig
+from l2m_jax.sharding import make_mesh
 
 TOLERANCE = 1e-5
 
@@ -68,3 +73,84 @@ def test_unseen_keys_change_nothing():
     np.testing.assert_array_equal(attend(q, k, v, seen), attend(q, other, v, seen))
     only = attend(q[1:], k[1:, :, ::2], v[1:, :, ::2], jnp.array([[[True, True, False]]]))
     check("seen keys alone", attend(q, k, v, seen)[1:], only)
+
+
+def test_a_gpu_calls_cudnn(monkeypatch):
+    """Lowered for one, in 16 bits; what asks the driver for its version is answered in its place."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(module, "platform", lambda: "gpu")
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91200)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda _: True)
+    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda _: False)
+
+    def calls(heads: int, key_heads: int, dtype: str) -> int:
+        q, k = (jax.ShapeDtypeStruct((1, n, 256, 64), dtype) for n in (heads, key_heads))
+        step = jax.jit(jax.grad(lambda *x: attention(*x).sum().astype(float), (0, 1, 2)))
+        return step.trace(q, k, k).lower(lowering_platforms=("cuda",)).as_text().count("custom_call @__cudnn$fmha")
+
+    assert calls(4, 2, "bfloat16") == 2  # forwards and backwards
+    assert calls(4, 2, "float32") == 0
+
+
+SPLITS = {  # mesh, query heads, key heads, platform
+    "songs": (MeshConfig(data=2, fsdp=-1), 4, 4, "cpu"),
+    "heads": (MeshConfig(data=2, tensor=4), 8, 4, "cpu"),
+    "shared heads": (MeshConfig(data=2, tensor=4), 8, 2, "cpu"),
+    "one key head": (MeshConfig(data=2, tensor=4), 4, 1, "cpu"),
+    "positions": (MeshConfig(data=2, context=4), 4, 2, "cpu"),
+    "all": (MeshConfig(data=1, fsdp=2, tensor=2, context=2), 4, 1, "cpu"),
+    "what does not divide": (MeshConfig(data=8), 3, 1, "cpu"),
+    "TPU": (MeshConfig(data=1, fsdp=2, tensor=2, context=2), 4, 2, "tpu"),
+}
+
+
+@pytest.fixture(scope="module")
+def on_eight_devices() -> dict[str, list[float]]:
+    """What `compare` measured, in a process of its own: JAX counts its devices once."""
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_split_over_devices(on_eight_devices, name):
+    """The TPU's kernel is interpreted; its softmax takes a base of 2, hence its tolerance."""
+    tolerance = 1e-3 if name == "TPU" else TOLERANCE
+    for what, error in zip(("causal", "causal gradient", "seen", "seen gradient"), on_eight_devices[name]):
+        print(f"{name}: {what} error {error:.1e}, tolerance {tolerance:.0e}")
+        assert error <= tolerance
+
+
+def compare() -> dict[str, list[float]]:
+    """Errors of attention and of its gradients on every mesh."""
+    module.SMALL = 0
+    splash.make_splash_mha = functools.partial(splash.make_splash_mha, interpret=True)
+    measured = {}
+    for name, (mesh_config, heads, key_heads, platform) in SPLITS.items():
+        module.platform = lambda platform=platform: platform
+        length, width = (256, 128) if platform == "tpu" else (24, 4)
+        songs = 3 if name == "what does not divide" else 8
+        q, grad = (random(songs, heads, length, width, seed=i) for i in (0, 3))
+        k, v = (random(songs, key_heads, length, width, seed=i) for i in (1, 2))
+        measured[name] = []
+        for seen in (None, random_seen(songs, length)):
+            with jax.set_mesh(make_mesh(mesh_config)):
+                ours = jax.jit(lambda q, k, v, grad, s=seen: _value_and_gradient(attention, q, k, v, s, grad))
+                ours = jax.tree.map(np.asarray, ours(q, k, v, grad))
+            theirs = _value_and_gradient(plain, q, k, v, seen, grad)
+            for a, b in zip(ours, theirs):
+                pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b))
+                measured[name].append(max(float(np.abs(x - y).max()) for x, y in pairs))
+    return measured
+
+
+def _value_and_gradient(function, q, k, v, seen, grad):
+    value, back = jax.vjp(lambda q, k, v: function(q, k, v, seen), q, k, v)
+    return value, back(grad)
+
+
+if __name__ == "__main__":
+    print(json.dumps(compare()))

@@ -67,10 +67,10 @@ def test_presets_are_installed_and_fields_override_them(tmp_path):
         assert Config(parsed.model, parsed.train, parsed.mesh) == load_preset(name)
         assert parsed.config == name
     for config in (["--config", "tiny"], ["--config=tiny"]):
-        flags = "--model.width 128 --train.lr-max 0.5 --mesh.fsdp 2 --train.dropout 0.1 0.2 0.3 --train.no-remat"
+        flags = "--model.width 128 --train.lr-max 0.5 --mesh.fsdp 2 --train.dropout 0.1 0.2 0.3 --train.remat layer"
         parsed = parse(["train", *config, "--data", "d", "--run", "r", *flags.split()])
         assert (parsed.model.width, parsed.train.lr_max, parsed.mesh.fsdp) == (128, 0.5, 2)
-        assert parsed.train.dropout == (0.1, 0.2, 0.3) and not parsed.train.remat
+        assert parsed.train.dropout == (0.1, 0.2, 0.3) and parsed.train.remat == "layer"
         assert parsed.model.frames == load_preset("tiny").model.frames
     assert parse(["train", "--data", "d", "--run", "r"]).model == load_preset("small").model
     parsed = parse(["train", "--config", preset(tmp_path), "--data", "d", "--run", "r", "--train.steps", "3"])

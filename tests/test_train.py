@@ -142,7 +142,7 @@ def test_one_batch_is_learnt_by_heart(tmp_path):
         steps=150,
         checkpoint_every=150,
         log_every=150,
-        remat=False,
+        remat="none",
         dropout=(0.0, 0.0, 0.0),
     )
     assert train(config, dataset, tmp_path / "run", None)
@@ -168,7 +168,7 @@ def test_condition_dropout_has_its_shares_and_depends_on_seed_step_and_row():
 def test_loss_is_the_mean_over_codes_and_does_not_depend_on_chunk_or_remat(prepared, trained):
     model, batch = load_model(trained)[0], one_batch(Dataset(prepared))
     keep = jnp.ones((8, 2), bool)
-    total = jax.jit(lambda m, b, k: losses(m, b, k, LAYOUT, 16, True))(model, batch, keep)
+    total = jax.jit(lambda m, b, k: losses(m, b, k, LAYOUT, 16, "layer"))(model, batch, keep)
 
     def plain(model, batch):
         memory = model.memory(module.Prompt(*batch[2:]), keep)
@@ -185,7 +185,7 @@ def test_loss_is_the_mean_over_codes_and_does_not_depend_on_chunk_or_remat(prepa
 def test_valid_loss_is_that_of_its_songs_and_of_nothing_that_fills(prepared, trained, songs):
     dataset, placed = Dataset(prepared), batch_sharding(make_mesh(MeshConfig()))
     model = load_model(trained)[0]
-    total = jax.jit(lambda m, b, k: losses(m, b, k, LAYOUT, 64, False))(
+    total = jax.jit(lambda m, b, k: losses(m, b, k, LAYOUT, 64, "none"))(
         model, one_batch(dataset, songs), jnp.ones((songs, 2), bool)
     )
     found = make_evaluate(CONFIG, LAYOUT, dataset, placed, songs)(model)
@@ -218,7 +218,7 @@ def test_what_the_window_cuts_is_said(tmp_path, prepared):
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_is_not_kept(tmp_path, prepared):
-    config = changed(lr_max=1e30, warmup=0, checkpoint_every=1, keep=12, remat=False)
+    config = changed(lr_max=1e30, warmup=0, checkpoint_every=1, keep=12, remat="none")
     with pytest.raises(UserError, match="of step [12] is (nan|inf); lower train.lr_max or lengthen train.warmup"):
         train(config, Dataset(prepared), tmp_path / "run", None)
     told = lines(tmp_path / "run")
