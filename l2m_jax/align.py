@@ -164,7 +164,7 @@ def _best_path(mass: np.ndarray, blank: float) -> np.ndarray:
     path = np.zeros(frames, np.int64)
     for frame in range(frames - 1, -1, -1):
         path[frame] = state
-        state -= came[frame, state]
+        state -= int(came[frame, state])
     return path
 
 
