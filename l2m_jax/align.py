@@ -164,7 +164,7 @@ def _best_path(mass: np.ndarray, blank: float) -> np.ndarray:
     path = np.zeros(frames, np.int64)
     for frame in range(frames - 1, -1, -1):
         path[frame] = state
-        state -= came[frame, state]
+        state -= int(came[frame, state])
     return path
 
 
@@ -193,8 +193,8 @@ def choose_heads(
     """The heads that follow the words best, and the errors of all of them together on these songs.
 
     Each head alone aligns the songs; of the best ones, by their mean error, as many are taken (at most `MOST`), with
-    that blank, as together err least. Songs without times have no say, unless none has any: then the most diagonal
-    head is taken. UserError where there are no words.
+    that blank, as together err least. Songs without times have no say, unless none has any: then one head is
+    taken, the most diagonal by the share of its look that words get. UserError where there are no words.
     """
     timed = [(song, song.starts) for song in songs if song.starts is not None and len(song.starts)]
     songs = [song for song in songs if (song.words >= 0).any()]
@@ -204,7 +204,8 @@ def choose_heads(
     if not timed:
         for song in songs:
             for head, one in _each_map(model, layout, song.codes, song.prompt):
-                scores[head].append(-float(diagonality(word_mass(one[None], song.words))))
+                mass = word_mass(one[None], song.words)
+                scores[head].append(-float(diagonality(mass)) * mass.sum(1).mean())
         return Reading((min(scores, key=lambda head: sum(scores[head])),)), alignment_errors(np.zeros(0), np.zeros(0))
 
     truth = np.concatenate([starts for _, starts in timed])

@@ -71,7 +71,7 @@ def follow(model: SoundTransformer, layout: Layout, songs: Example, frames: Int[
     counts = sung[:, :, None] & lyrics[:, None]
 
     def look(best: Followed, head: tuple[Array, Array]) -> tuple[Followed, None]:
-        maps = jax.vmap(frame_weights, (0, 0, 0, None))(*head, memory.seen, positions)
+        maps = jax.vmap(functools.partial(frame_weights, positions=positions))(*head, memory.seen)
         found = Followed(diagonality(maps * counts).mean(), maps[0])
         return jax.tree.map(lambda a, b: jnp.where(found.diagonality > best.diagonality, a, b), found, best), None
 

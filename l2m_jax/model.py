@@ -108,15 +108,16 @@ class Layer(nnx.Module):
 
         The backward pass computes each strip anew: what is D or 4 D wide never stands whole.
         """
-        attended, _ = self._attended(x)
+        attended, _ = self._attend(x)
         lyrics = self.cross_attention.keys_values(memory.states)
 
-        def rest(x: Array, attended: Array) -> Array:
-            return self._rest(self._joined(x, attended), lyrics, memory.seen)
-
         if not strip or x.shape[1] % strip:
-            return rest(x, attended)
-        rest = jax.checkpoint(rest, prevent_cse=False)
+            return self._rest(x, attended, lyrics, memory.seen)
+
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def rest(x: Array, attended: Array) -> Array:
+            return self._rest(x, attended, lyrics, memory.seen)
+
         x = jnp.moveaxis(x.reshape(len(x), -1, strip, x.shape[2]), 1, 0)
         attended = jnp.moveaxis(attended.reshape(*attended.shape[:2], -1, strip, attended.shape[3]), 2, 0)
         x = jax.lax.map(lambda part: rest(*part), (x, attended))
@@ -124,18 +125,18 @@ class Layer(nnx.Module):
 
     def prefill(self, x: Float[Array, "B T D"], memory: Memory) -> tuple[Float[Array, "B T D"], KeysValues]:
         """The whole sequence at once, with its keys and values for the steps that follow."""
-        attended, kept = self._attended(x)
-        lyrics = self.cross_attention.keys_values(memory.states)
-        return self._rest(self._joined(x, attended), lyrics, memory.seen), kept
+        attended, kept = self._attend(x)
+        return self._rest(x, attended, self.cross_attention.keys_values(memory.states), memory.seen), kept
 
     def look(
         self, x: Float[Array, "B T D"], memory: Memory
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B N T H"], Float[Array, "B _ M H"]]:
         """The whole sequence at once, with queries and keys of the cross-attention: what looks at which word."""
-        x = self._joined(x, self._attended(x)[0])
-        kept = self.cross_attention.keys_values(memory.states)
-        queries = self.cross_attention.queries(self._before(self.norm2, x))
-        return self._rest(x, kept, memory.seen), queries, kept.keys
+        attended, _ = self._attend(x)
+        lyrics = self.cross_attention.keys_values(memory.states)
+        after = self._after(self.norm1, x, self.self_attention.merge(attended))
+        queries = self.cross_attention.queries(self._before(self.norm2, after))
+        return self._rest(x, attended, lyrics, memory.seen), queries, lyrics.keys
 
     def step(
         self,
@@ -151,20 +152,16 @@ class Layer(nnx.Module):
         cache = Pages(write_page(cache.keys, new.keys, at), write_page(cache.values, new.values, at))
         rows = new.keys.shape[0] * new.keys.shape[1]
         attended = cached_attention(self.self_attention.queries(before), *cache, rows, at)
-        return self._rest(self._joined(x, attended), memory, seen), cache
+        return self._rest(x, attended, memory, seen), cache
 
-    def _attended(self, x: Array) -> tuple[Array, KeysValues]:
-        """Self-attention of the whole sequence, each head's result, and the keys and values of it."""
+    def _attend(self, x: Array) -> tuple[Array, KeysValues]:
+        """What self-attention finds in the whole sequence, and its keys and values."""
         before = self._before(self.norm1, x)
         kept = self.self_attention.keys_values(before)
         return attention(self.self_attention.queries(before), *kept), kept
 
-    def _joined(self, x: Array, attended: Array) -> Array:
-        """The residual with what self-attention found."""
-        return self._after(self.norm1, x, self.self_attention.merge(attended))
-
-    def _rest(self, x: Array, memory: KeysValues, seen: Array) -> Array:
-        """Cross-attention and MLP."""
+    def _rest(self, x: Array, attended: Array, memory: KeysValues, seen: Array) -> Array:
+        x = self._after(self.norm1, x, self.self_attention.merge(attended))
         attended = attention(self.cross_attention.queries(self._before(self.norm2, x)), *memory, seen)
         x = self._after(self.norm2, x, self.cross_attention.merge(attended))
         return self._after(self.norm3, x, self.down(jax.nn.gelu(self.up(self._before(self.norm3, x)))))
@@ -216,10 +213,8 @@ class SoundTransformer(nnx.Module):
     def embed(self, ids: Int[Array, "B T J"], place: Place) -> Float[Array, "B T D"]:
         """Token, codebook and position embeddings, added."""
         rows = ids + self.id_space * jnp.arange(self.streams)
-        of_places = (
-            self.codebook_embedding[place.codebook] + self.position_embedding[place.frame]
-        )  # one sum of gradients
-        return (self.token_embedding[rows].sum(-2) + of_places).astype(self.dtype)
+        place_embedding = self.codebook_embedding[place.codebook] + self.position_embedding[place.frame]  # of all songs
+        return (self.token_embedding[rows].sum(-2) + place_embedding).astype(self.dtype)
 
     def hidden(
         self, ids: Int[Array, "B T J"], place: Place, memory: Memory, remat: Remat = "none"

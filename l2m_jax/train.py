@@ -116,7 +116,8 @@ def _train(
                     if evaluate is not None:
                         pending[1]["valid_loss"] = evaluate(state.model)
                     pending[1]["diagonality"], looks = watch(state.model)
-                    log.image(done, looks.T)
+                    if looks.size:  # some song has lyrics
+                        log.image(done, looks.T)
                 if codec is not None and config.train.sample_every and done % config.train.sample_every == 0:
                     _sample(run, log, done, state.model, dataset, config, layout, codec)
                 stop = agreement.say(stopped.status and stopped.status - 128)

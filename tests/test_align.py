@@ -126,6 +126,8 @@ def test_word_times():
     """Rests at the beginning, between words and at the end are no part of a word."""
     maps = as_map(diagonal([3, 7, 15], 25))[None]
     np.testing.assert_allclose(word_times(maps, WORDS, 10.0, 0.3), [[0.3, 0.7], [0.7, 1.1], [1.5, 1.9]], atol=1e-6)
+    many = word_times(diagonal([*range(0, 1200, 6)], 1200, 200)[None], np.arange(200, dtype=np.int32), 10.0, 0.3)
+    np.testing.assert_allclose(many[:, 0], np.arange(200) * 0.6, atol=1e-4)
     # Each word for a frame at least, even where it was never looked at; and more words than frames.
     times = word_times(as_map(diagonal([3, 7], 25))[None], WORDS, 10.0, 0.3)
     assert times[0].tolist() == pytest.approx([0.3, 0.7]) and (np.diff(times) > 0).all()

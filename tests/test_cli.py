@@ -209,10 +209,8 @@ def test_the_whole_way(l2m, tmp_path, encoders, monkeypatch):
     status, said, _ = l2m("align", "run", "new/a.npz", "-o", "b.lrc", "--picture")
     assert status == 0 and "b.lrc: 2 words" in said and (tmp_path / "b.png").exists()
     assert (tmp_path / "b.lrc").read_text() == (tmp_path / "new" / "a.lrc").read_text()
-    assert l2m("export", "run", "small")[:2] == (
-        0,
-        "small: 0.3 MB; sing with: l2m generate small --lyrics TEXT -o song.wav\n",
-    )
+    status, said, _ = l2m("export", "run", "small")
+    assert status == 0 and "sing with: l2m generate small --lyrics TEXT" in said
     for suffix in ("npz", "ecdc"):
         assert l2m("decode", f"new/a.{suffix}", "-o", f"{suffix}.wav")[0] == 0
         assert (tmp_path / f"{suffix}.wav").read_bytes() == (tmp_path / "new" / "a.wav").read_bytes()
