@@ -64,7 +64,7 @@ def attention(
         if heads and not key_heads:
             mine = jax.lax.axis_index(heads) * q.shape[1] // group
             k, v = (jax.lax.dynamic_slice_in_dim(x, mine, 1, axis=1) for x in (k, v))
-        return _local(q, k, v, start if causal else None, seen, kernel, on, whole=not positions)
+        return _local(q, k, v, start, seen, kernel, on, whole=not positions)
 
     if mesh.empty or mesh.size == 1:
         return local(q, k, v, seen, _splash_kernel(q, k, causal, on, 1, 1))
@@ -85,22 +85,19 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def _local(
-    q: Array, k: Array, v: Array, start: Array | None, seen: Array | None, kernel: Any, on: str, whole: bool
-) -> Array:
-    """Attention on one device; `start` is the position of its first query, `whole` that it has all of them."""
+def _local(q: Array, k: Array, v: Array, start: Array, seen: Array | None, kernel: Any, on: str, whole: bool) -> Array:
+    """Attention on one device, causal without `seen`; `start` is its first query's position, `whole`: it has them all."""
     if kernel is not None:
         return _splash_attention(kernel, q, k, v, seen)
     width = q.shape[-1]
     cudnn = on == "gpu" and q.dtype.itemsize == 2 and width % 8 == 0 and width <= 128
-    if cudnn and start is not None and whole:
+    if cudnn and seen is None and whole:
         q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn").swapaxes(1, 2)
     if q.size // width * k.shape[2] <= SMALL:
-        if seen is not None:
-            return attend(q, k, v, seen[:, None])
-        return attend(q, k, v, (jnp.arange(k.shape[2]) <= start + jnp.arange(q.shape[2])[:, None])[None])
-    return blockwise_attention(q, k, v, start, seen, on != "cpu")
+        before = (jnp.arange(k.shape[2]) <= start + jnp.arange(q.shape[2])[:, None])[None]
+        return attend(q, k, v, before if seen is None else seen[:, None])
+    return blockwise_attention(q, k, v, start if seen is None else None, seen, on != "cpu")
 
 
 def _splash_kernel(q: Array, k: Array, causal: bool, on: str, head_shards: int, position_shards: int) -> Any:

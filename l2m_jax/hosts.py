@@ -136,7 +136,7 @@ def place(sharding: NamedSharding, batch: int, rows: Sequence[int], tree: Any) -
     at = {row: i for i, row in enumerate(rows)}
 
     def whole(x: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:  # a slice a dimension
             return x[[at[row] for row in range(batch)[index[0]]]]
 
         return jax.make_array_from_callback((batch, *x.shape[1:]), sharding, part)

@@ -92,7 +92,10 @@ def train_plan(config: Config, topology: Topology) -> Plan:
     with jax.set_mesh(mesh):
         lowered = program.step.lower(program.shapes, jax.ShapeDtypeStruct((), np.int32), _batch(config, layout))
     compiled, problem = _compile(lowered)
-    held = [_bytes(*pair) for pair in zip(program.shapes, program.shardings)]
+    held = (
+        _bytes(program.shapes.model, program.shardings.model),
+        _bytes(program.shapes.optimizer, program.shardings.optimizer),
+    )
     work = step_work(program.shapes.model, config, mesh.shape)
     return _plan("train", config, topology, mesh, config.train.batch, compiled, problem, held, work, begun)
 
@@ -124,7 +127,7 @@ def decode_plan(config: Config, topology: Topology, songs: int, rule: SampleConf
     with jax.set_mesh(one):
         lowered = sample._segment.lower(*arguments, layout, window if context.rule.repetition is not None else 0)
     compiled, problem = _compile(lowered)
-    held = [_bytes(model), _bytes(cache)]
+    held = _bytes(model), _bytes(cache)
     rows = len(state.heard) * len(variants(rule))
     work = decode_work(model, config.model, rows, size // 2, len(topology.devices))
     return _plan("generate", config, topology, one, songs, compiled, problem, held, work, begun)
@@ -133,9 +136,9 @@ def decode_plan(config: Config, topology: Topology, songs: int, rule: SampleConf
 def _batch(config: Config, layout: Layout) -> Example:
     """A batch as shapes, as `data.make_example` makes its songs."""
     songs, memory = config.train.batch, config.model.memory
-    ids = jax.ShapeDtypeStruct((songs, layout.positions, layout.streams), np.int32)
-    rows = jax.ShapeDtypeStruct((songs, memory), np.int32)
-    states = jax.ShapeDtypeStruct((songs, memory, config.model.text_width), np.float32)
+    shape: Any = jax.ShapeDtypeStruct  # in the place of arrays
+    ids, rows = shape((songs, layout.positions, layout.streams), np.int32), shape((songs, memory), np.int32)
+    states = shape((songs, memory, config.model.text_width), np.float32)
     return Example(ids, ids, states, rows, rows, rows)
 
 
@@ -166,7 +169,7 @@ def _plan(
     songs: int,
     compiled: Any,
     problem: str,
-    held: list[int],
+    held: tuple[int, int],
     work: Work,
     begun: float,
 ) -> Plan:
