@@ -86,7 +86,7 @@ def platform() -> str:
 
 
 def _local(q: Array, k: Array, v: Array, start: Array, seen: Array | None, kernel: Any, on: str, whole: bool) -> Array:
-    """Attention on one device, causal without `seen`; `start` is its first query's position, `whole`: it has them all."""
+    """Attention on one device, causal without `seen`; `start` is its first query's position, `whole`: it has all."""
     if kernel is not None:
         return _splash_attention(kernel, q, k, v, seen)
     width = q.shape[-1]

@@ -68,7 +68,7 @@ def _forward(q: Array, k: Array, v: Array, start: Array | None, seen: Array | No
 
         return jax.lax.map(block, (jnp.arange(len(q)), q))
 
-    parts = _queries(q, k), _keys_in_blocks(k), _keys_in_blocks(v), _bias(start, seen, k)
+    parts = _queries(q, k), _keys_in_blocks(k), _keys_in_blocks(v), _bias(start is not None, seen, k)
     out, lse = _over_rows(row, together, parts)
     return [_whole(out, q, k), lse]
 
@@ -113,7 +113,7 @@ def _backward(together: bool, kept: tuple, grad: Array) -> tuple:
         (dk, dv), dq = jax.lax.scan(block, empty, (jnp.arange(len(q)), q, out, lse, grad))
         return dq, dk.astype(k.dtype), dv.astype(v.dtype)
 
-    parts = _queries(q, k), _keys_in_blocks(k), _keys_in_blocks(v), _bias(start, seen, k)
+    parts = _queries(q, k), _keys_in_blocks(k), _keys_in_blocks(v), _bias(start is not None, seen, k)
     dq, dk, dv = _over_rows(row, together, (*parts, _queries(out, k), lse, _queries(grad, k)))
     dk, dv = (x.reshape(*k.shape[:2], -1, k.shape[3])[:, :, : k.shape[2]] for x in (dk, dv))
     return _whole(dq, q, k), dk, dv, None, None
@@ -145,7 +145,7 @@ def _positions(q: Array, k: Array) -> int:
     return min(max(BLOCK * k.shape[1] // q.shape[1], 8), q.shape[2])
 
 
-def _first(start: Array | None, i: Array, count: int) -> Array | None:
+def _first(start: Any, i: Array, count: int) -> Array | None:  # a constant start may come as an int
     return None if start is None else start + i * count
 
 
@@ -166,10 +166,10 @@ def _keys_in_blocks(x: Float[Array, "B K C H"]) -> Float[Array, "R J G H"]:
     return _padded(x, size, 2).reshape(x.shape[0] * x.shape[1], -1, size, x.shape[3])
 
 
-def _bias(start: Array | None, seen: Bool[Array, "B C"] | None, k: Array) -> Float[Array, "R J G"] | None:
+def _bias(causal: bool, seen: Bool[Array, "B C"] | None, k: Array) -> Float[Array, "R J G"] | None:
     """What is added to the scores: -inf where a key is not seen. Causal queries do not reach the keys that pad."""
     if seen is None:
-        if start is not None:
+        if causal:
             return None
         seen = jnp.ones((k.shape[0], k.shape[2]), bool)
     size = min(BLOCK, k.shape[2])
