@@ -160,7 +160,7 @@ def to_lrc(lyrics: str, times: Float[np.ndarray, "W 2"]) -> str:
     return "\n".join(out) + "\n"
 
 
-def _clock(seconds: float) -> str:
+def _clock(seconds: float | np.floating) -> str:
     """mm:ss.xx"""
     hundredths = round(100 * float(seconds))
     return f"{hundredths // 6000:02d}:{hundredths // 100 % 60:02d}.{hundredths % 100:02d}"

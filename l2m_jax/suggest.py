@@ -53,7 +53,8 @@ def candidates(config: Config, topology: Topology, batch: int | None) -> list[Ca
 
 def suggest(config: Config, topology: Topology, batch: int | None, best: int = 3) -> list[Plan]:
     """The plans of the `best` quickest candidates that fit, the quickest first; twice as many are tried at most."""
-    assert topology.chip is not None
+    if topology.chip is None:
+        raise UserError(f"--suggest ranks by a chip's speed and memory, and none are known of {topology.name}")
     limit = topology.chip.memory
     likely = [c for c in candidates(config, topology, batch) if c.bytes <= limit]
     plans = []

@@ -96,9 +96,9 @@ def _train(
             f"{layout.positions} positions, {config.model.layout} layout, {len(jax.devices())} device(s)"
             + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""),
         )
-        log = Log(run, first, config.train.steps, config.train.log_every, console) if lead() else Silence()
         evaluate = make_evaluate(config, layout, valid, program, songs_per_valid) if valid is not None else None
         watch = make_follow(valid or dataset, layout, config.model.memory, mesh)
+        log = Log(run, first, config.train.steps, config.train.log_every, console) if lead() else Silence()
         rates = schedule(config.train)
         steps, rows = range(first, config.train.steps), rows_here(program.batch, config.train.batch)
         stream = batches(dataset, config.model, config.train.seed, config.train.batch, steps, rows)

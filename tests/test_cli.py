@@ -125,7 +125,7 @@ def test_preset_file_with_a_mistake(tmp_path, content, says):
         ("generate RUN --lyrics la --seconds nan", "seconds is nan; allowed: above 0"),
         ("generate RUN --lyrics la --lrc --count 2", "--lrc is for one song: not with --count or --requests"),
         ("generate RUN --lyrics la --lrc -o -", "not with --count, --requests, --picture or --lrc"),
-        ("align RUN", "name a song to align, or choose heads with --choose DATA"),
+        ("align RUN", "name a song to align, or choose heads with --choose"),
         ("align RUN song.wav --songs 0", "--songs is 0; allowed: 1 and above"),
         ("align RUN song.wav -o song.txt", "song.txt: the output must end in .lrc"),
         ("align RUN song.wav", "RUN is not a run folder (it has no config.json)"),

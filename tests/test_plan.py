@@ -52,7 +52,7 @@ def test_one_device_sends_nothing_and_keeps_its_state_once():
     state = one.memory.parameters + one.memory.optimizer
     assert one.memory.peak - one.memory.temporaries - one.memory.inputs - one.memory.program == state
     assert one.memory.parameters == 4 * one.parameters and (one.songs, one.remat) == (4, "attention")
-    assert "4 song(s) a step of 64 positions" in "\n".join(describe(one))
+    assert "4 songs of 64 positions" in "\n".join(describe(one))
 
 
 def test_the_decode_loop_has_its_cache():

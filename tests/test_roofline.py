@@ -61,7 +61,7 @@ def test_flops_of_a_song_are_6_n_t_and_attention():
     work = step_work(model_shapes(config), config, ONE)
     assert abs(work.model / stated - 1) < 0.1
     plain = dataclasses.replace(config, train=dataclasses.replace(config.train, remat="none"))
-    assert 1.1 < work.executed / step_work(model_shapes(plain), plain, ONE).executed < 1.34  # attention is kept
+    assert 1.05 < work.executed / step_work(model_shapes(plain), plain, ONE).executed < 1.34  # attention is kept
 
 
 def test_a_mesh_divides_the_work_and_sends():
