@@ -29,9 +29,10 @@ FREE = SampleConfig(temperature=1.0, top_k=0, guidance_lyrics=1.0)
 
 @functools.cache
 def make_model(config: ModelConfig, end_bias: float = 0.0) -> SoundTransformer:
-    """Random, with a head sharp enough that the draw matters; `end_bias` is added to the logit of END."""
-    model = _random_model(config)
-    model.head.bias = nnx.Param(model.head.bias[...].at[make_layout(config).end].add(end_bias))
+    """Random, with a head sharp enough that the draw matters; `end_bias` is the logit of END, wherever it stands."""
+    model, end = _random_model(config), make_layout(config).end
+    model.head.kernel = nnx.Param(model.head.kernel[...].at[:, end].set(0))
+    model.head.bias = nnx.Param(model.head.bias[...].at[end].set(end_bias))
     return model
 
 
