@@ -208,7 +208,7 @@ def gradient_step(config: Config, mesh_config: MeshConfig, devices: list) -> dic
     batch = jax.device_put(Example(*map(np.stack, zip(*examples))), program.batch)
     with jax.set_mesh(mesh):
         model = make_model(config.model)
-        state = TrainState(jax.tree.map(jnp.copy, model), keep_gradient.init(model))  # the step's to use up
+        state = TrainState(jax.tree.map(np.array, model), keep_gradient.init(model))  # the step's to use up
         state = jax.device_put(state, program.shardings)
         compiled = program.step.lower(state, np.int32(0), batch).compile()
         found = collectives(compiled.as_text())
