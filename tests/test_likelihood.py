@@ -124,6 +124,8 @@ def test_what_lyrics_are_worth_is_found(tmp_path):
     records = [
         make_record(i, frames=1, pieces=1)._replace(
             lyrics="do re mi fa".split()[i % 4],
+            genre="march",
+            genre_states=np.ones((1, 12)),  # one for all: it must not tell the songs apart
             codes=np.full((1, 1), i % 4),
             lyric_states=states[i % 4][None] + rng.normal(size=(1, 12)) * 0.1,
             word_times=np.array([[0, 1 / 75, 1 / 75]]),

@@ -205,17 +205,17 @@ def test_where_songs_end(config: ModelConfig):
 def test_each_song_ends_on_its_own(monkeypatch, config: ModelConfig):
     """Songs of one batch end at their own times, what comes after changes none of them, and the loop stops early."""
     monkeypatch.setattr(sample, "FIRST", 8)
-    layout, prompt, seeds = make_layout(config), make_prompt(4), [8, 9, 10, 11]
-    states = sample_states(make_model(config, 2.5), layout, prompt, FREE, seeds, config.frames)
+    layout, prompt, seeds = make_layout(config), make_prompt(4), [8, 9, 11, 13]
+    states = sample_states(make_model(config, 1.5), layout, prompt, FREE, seeds, config.frames)
     lasts = [int(state.position) for state in states]
-    songs, targets = run(config, prompt, FREE, seeds, config.frames, end_bias=2.5)
+    songs, targets = run(config, prompt, FREE, seeds, config.frames, end_bias=1.5)
     lengths = [len(song.codes) for song in songs]
     print(f"frames of each song: {lengths}; positions after each segment: {lasts}")
     assert len(set(lengths)) > 2 and max(lengths) < config.frames and all(song.ended for song in songs)
     assert lasts[-1] == layout.length(max(lengths))
     for song, row in zip(songs, targets):
         np.testing.assert_array_equal(row, layout.encode(song.codes).targets)
-    fewer = run(config, prompt, FREE, seeds, sorted(lengths)[2], end_bias=2.5)[0]
+    fewer = run(config, prompt, FREE, seeds, sorted(lengths)[2], end_bias=1.5)[0]
     for song, short in zip(songs, fewer):  # a limit cuts the longer songs and leaves the others as they are
         np.testing.assert_array_equal(short.codes, song.codes[: len(short.codes)])
 
@@ -243,7 +243,7 @@ def test_songs_begin_with_what_is_given(monkeypatch, config: ModelConfig):
 @each_model
 def test_each_song_has_its_limits(config: ModelConfig):
     """Limits of one song change no other, and three songs are padded to four."""
-    layout, prompt, model = make_layout(config), make_prompt(3), make_model(config, 2.5)
+    layout, prompt, model = make_layout(config), make_prompt(3), make_model(config, 1.5)
     plain = sample_codes(model, layout, prompt, FREE, [8, 9, 11], 30)
     *_, state = sample_states(model, layout, prompt, FREE, [8, 9, 11], [30, 4, 30], [0, 0, 29])
     songs = said(state, layout, [30, 4, 30])
@@ -259,7 +259,7 @@ def test_what_is_said_midway_is_how_the_song_begins(monkeypatch, config: ModelCo
     """Of any state, also after the loop has gone on; nothing is taken back."""
     monkeypatch.setattr(sample, "FIRST", 4)
     layout, prompt, frames = make_layout(config), make_prompt(4), [config.frames, 30, 7, 20]
-    states = list(sample_states(make_model(config, 2.5), layout, prompt, FREE, [8, 9, 11, 10], frames))
+    states = list(sample_states(make_model(config, 1.5), layout, prompt, FREE, [8, 9, 11, 10], frames))
     last = said(states[-1], layout, frames)
     assert len(states) > 2 and len(said(states[0], layout, frames)[0].codes) in (0, 4 - (config.layout == "delay") * 2)
     for state in states:
