@@ -1,6 +1,7 @@
 """Training the codec: k-means, moving averages, one step, and the whole script with a stop in the middle."""
 
 import functools
+import json
 import runpy
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from flax import nnx
 
 from l2m_jax.codec_training import (
+    COMMITMENT,
     DEAD,
     DECAY,
     Codebooks,
@@ -143,7 +145,8 @@ def test_steps_learn(quantized):
 
 def test_the_script_goes_on_to_the_bit(tmp_path):
     script = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "train_codec.py"))
-    settings = script["Settings"](steps=6, free_steps=2, batch=2, frames=16, filters=2, latents=1200)
+    phases = dict(free_steps=2, polish_from=3, tune_from=4, finish_from=5)
+    settings = script["Settings"](steps=6, **phases, batch=2, frames=16, filters=2, latents=1200)
     for name in ("whole", "parts"):
         script["main"](tmp_path / name, settings, checkpoint_every=2)
     shutil.rmtree(tmp_path / "parts" / "checkpoints" / "6")  # as if killed after step 4
@@ -151,7 +154,10 @@ def test_the_script_goes_on_to_the_bit(tmp_path):
     script["main"](tmp_path / "parts", settings, checkpoint_every=2)
     whole, parts = ((tmp_path / x / "codec" / "model.safetensors").read_bytes() for x in ("whole", "parts"))
     assert whole == parts
-    assert len((tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()) == 6
+    told = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    for line, name in zip(told, ("FREE", "FREE", "BOUND", "POLISH", "TUNE", "FINISH"), strict=True):
+        parts = sum(weight * line[part] for part, weight in script[name]._asdict().items())
+        assert line["loss"] == pytest.approx(parts + COMMITMENT * line["commitment"], rel=1e-4)
     codec = load_codec(str(tmp_path / "parts" / "codec"))
     assert (codec.codebooks, codec.entries, codec.config.num_lstm_layers) == (2, 1024, 1)
     with pytest.raises(UserError, match="parts holds a run with other settings"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -37,6 +38,18 @@ def test_what_is_saved_loads(tmp_path, layers):
     heard = [m.decoder(x, Span(jnp.array(4), first.started), first.layers)[0] for m in (module, codec.module)]
     np.testing.assert_allclose(heard[1], heard[0], atol=3e-3 * float(jnp.abs(heard[0]).max()))
     assert json.loads((tmp_path / "config.json").read_text())["num_lstm_layers"] == max(layers, 1)
+
+
+def test_lengths_beyond_float16_are_kept(tmp_path):
+    """A decoder for latents of RMS 1 may have kernels of a million."""
+    module, config = make(0)
+    first: Any = module.decoder.layers[0]
+    kernel = first.kernel
+    kernel[...] *= 1e6
+    assert np.sqrt((np.asarray(kernel[...]) ** 2).sum((0, 1))).max() > 65_504
+    save_codec(tmp_path, module, config)
+    loaded: Any = load_codec(str(tmp_path), 2).module.decoder.layers[0]
+    np.testing.assert_allclose(loaded.kernel[...], kernel[...], atol=1e-3 * float(jnp.abs(kernel[...]).max()))
 
 
 def test_group_norms_are_refused(tmp_path):
