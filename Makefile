@@ -8,7 +8,7 @@ demo: .venv/ready  ## a corpus, its preparation, a training and a song, in demo/
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/demo.sh demo
 
 test: .venv/ready lint  ## lint, types and all tests; the torch originals are not needed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: .venv/ready
 	$(BIN)/ruff check .

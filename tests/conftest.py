@@ -5,6 +5,7 @@ import os
 import tempfile
 from pathlib import Path
 
+import jax
 import jaxtyping
 import numpy as np
 import pytest
@@ -69,6 +70,13 @@ def make_prepared(folder: Path, records: list[Record], made_with: MadeWith = MAD
         write_record(path, record, made_with)
     pack(folder, paths, made_with)
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forgotten():
+    """Programs of one module are of no use to the next: kept, they grow to 6 GB."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
