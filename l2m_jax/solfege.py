@@ -60,11 +60,13 @@ def random_lyrics(
 ) -> str:
     """A random lyric of `lo` to `hi` syllables, in lines of 3 to 5 (the last may be shorter).
 
-    With `sections` it is tagged [verse], [chorus], [verse], [chorus], where both choruses are the same words.
-    A lyric whose `words_of` stands in `exclude` is drawn anew, so that songs can be held out from a training set.
+    With `sections` it is tagged [verse], [chorus], [verse], [chorus], both choruses of the same words, and has at least
+    four syllables. A lyric whose `words_of` stands in `exclude` is drawn anew, so that songs can be held out from a
+    training set.
     """
-    if not (4 if sections else 1) <= lo <= hi:
-        raise UserError(f"notes are {lo} to {hi}; allowed: {4 if sections else 1} and above, the lower number first")
+    if not 1 <= lo <= hi or (sections and hi < 4):
+        raise UserError(f"notes are {lo} to {hi}; allowed: 1 and above (with sections up to 4 at least), lower first")
+    lo = max(lo, 4) if sections else lo
     for _ in range(1000):
         words = rng.choice(SYLLABLES, rng.integers(lo, hi + 1)).tolist()
         if sections:
@@ -124,11 +126,12 @@ def sing(
 
 
 def make_song(
-    seed: int, index: int, notes: tuple[int, int] = (4, 10), sections: bool = False, exclude: Collection[str] = ()
+    seed: int, index: int, notes: tuple[int, int] = (4, 10), sections: float = 0.0, exclude: Collection[str] = ()
 ) -> tuple[str, str, Float[np.ndarray, " T"], Float[np.ndarray, "W 3"]]:
     """Song `index` of the corpus `seed`, a pure function of its arguments: (lyrics, genre, samples, times)."""
     rng = np.random.default_rng((seed, index))
-    lyrics = random_lyrics(rng, *notes, sections, exclude)
+    tagged = rng.random() < sections if 0 < sections < 1 else sections > 0
+    lyrics = random_lyrics(rng, *notes, tagged, exclude)
     genre = str(rng.choice(list(GENRES)))
     return lyrics, genre, *sing(lyrics, genre, rng)
 
@@ -138,16 +141,19 @@ def make_solfege(
     songs: int,
     seed: int = 0,
     notes: tuple[int, int] = (4, 10),
-    sections: bool = False,
+    sections: float = 0.0,
     exclude: Collection[str] = (),
 ) -> int:
     """Writes songs of `notes` (fewest, most) notes as song_0001/{lyrics.txt, genre.txt, words.csv, audio.flac}, 24 kHz.
 
-    A folder that already holds this corpus is continued: finished songs stay. `exclude` holds `words_of` lyrics that
-    must not be sung. Returns how many songs were written. Raises UserError where `out` holds anything else.
+    The share `sections` of them has section tags. A folder that already holds this corpus is continued: finished songs
+    stay. `exclude` holds `words_of` lyrics that must not be sung. Returns how many songs were written. Raises UserError
+    where `out` holds anything else.
     """
     if songs < 1 or seed < 0:
         raise UserError(f"songs is {songs} and seed {seed}; allowed: 1 song and above, seed 0 and above")
+    if not 0 <= sections <= 1:
+        raise UserError(f"sections is {sections}; allowed: a share of the songs, 0 to 1")
     out = Path(out)
     held_out = hashlib.sha256("\n".join(sorted(exclude)).encode()).hexdigest()[:16]
     recipe = {"version": 1, "seed": seed, "notes": list(notes), "sections": sections, "exclude": held_out}
@@ -156,7 +162,7 @@ def make_solfege(
         if not manifest.is_file() or (there := manifest.read_text("utf-8")) != json.dumps(recipe):
             what = f"another corpus, {there}" if manifest.is_file() else "something else"
             raise UserError(f"{out} already holds {what}: choose an empty folder, or the settings of that corpus")
-    random_lyrics(np.random.default_rng(0), *notes, sections)  # refuses impossible notes before anything is written
+    random_lyrics(np.random.default_rng(0), *notes, sections > 0)  # refuses impossible notes before anything is written
     out.mkdir(parents=True, exist_ok=True)
     manifest.write_text(json.dumps(recipe), "utf-8")
 

@@ -185,7 +185,7 @@ def test_the_whole_way(l2m, tmp_path, encoders, monkeypatch):
     """solfege, prepare, train, generate, decode, as a user types them."""
     monkeypatch.chdir(tmp_path)
     assert l2m("solfege", "songs", "--songs", 3, "--notes", 2, 3)[:2] == (0, "3 songs in songs\n")
-    flags = "--songs 1 --notes 4 4 --sections --exclude songs songs"
+    flags = "--songs 1 --notes 4 4 --sections 1 --exclude songs songs"
     assert l2m("solfege", "more", *flags.split())[:2] == (0, "1 songs in more\n")
     assert (tmp_path / "more" / "song_0001" / "lyrics.txt").read_text().count("[chorus]") == 2
     (tmp_path / "songs" / "song_0002" / "lyrics.txt").unlink()

@@ -60,11 +60,15 @@ def test_a_folder_with_anything_else_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     out = tmp_path / "songs"
     solfege.make_solfege(out, 1, seed=1)
-    for other in ({"seed": 2}, {"notes": (5, 10)}, {"sections": True}, {"exclude": {"do re mi fa"}}):
+    for other in ({"seed": 2}, {"notes": (5, 10)}, {"sections": 1.0}, {"exclude": {"do re mi fa"}}):
         with pytest.raises(UserError, match=r'another corpus, .*"seed": 1'):
             solfege.make_solfege(out, 1, **{"seed": 1, **other})
     with pytest.raises(UserError, match="notes are 5 to 4; allowed: 1"):
         solfege.make_solfege(tmp_path / "never", 1, notes=(5, 4))
+    with pytest.raises(UserError, match="notes are 1 to 3; .* up to 4"):
+        solfege.make_solfege(tmp_path / "never", 1, notes=(1, 3), sections=0.5)
+    with pytest.raises(UserError, match="sections is 2; allowed: a share"):
+        solfege.make_solfege(tmp_path / "never", 1, sections=2)
     with pytest.raises(UserError, match="songs is 0 and seed 0; allowed: 1 song"):
         solfege.make_solfege(tmp_path / "never", 0)
     assert not (tmp_path / "never").exists()
@@ -92,11 +96,18 @@ def test_sections_repeat_the_chorus():
     assert len(times) == len(solfege.words_of(lyrics).split()) and np.isfinite(samples).all()
 
 
+def test_a_share_of_the_songs_has_sections():
+    lyrics = [solfege.make_song(3, index, (3, 5), sections=0.7)[0] for index in range(40)]
+    tagged = [text for text in lyrics if "[chorus]" in text]
+    assert 20 < len(tagged) < 36 and all(len(solfege.words_of(text).split()) >= 4 for text in tagged)
+    assert any(len(solfege.words_of(text).split()) == 3 for text in lyrics)
+
+
 def test_rests_and_a_free_tempo():
     """What the benchmark asks of its songs of 8 to 16 notes."""
     counts, rests, spreads, beats = set(), 0, [], []
     for index in range(12):
-        lyrics, genre, _, times = solfege.make_song(100, index, (8, 16), sections=True)
+        lyrics, genre, _, times = solfege.make_song(100, index, (8, 16), sections=1.0)
         counts.add(len(solfege.words_of(lyrics).split()))
         lengths, gaps = times[:, 1] - times[:, 0], times[1:, 0] - times[:-1, 1]
         rests += np.count_nonzero(gaps > solfege.GAP + 0.08)

@@ -20,8 +20,8 @@ class Solfege:
     """The same seed gives the same songs."""
     notes: tuple[int, int] = (4, 10)
     """Fewest and most notes of a song."""
-    sections: bool = False
-    """Each song is [verse], [chorus], [verse], [chorus], both choruses of the same words."""
+    sections: float = 0.0
+    """Share of songs that are [verse], [chorus], [verse], [chorus], both choruses of the same words."""
     exclude: tuple[Path, ...] = ()
     """Folders of songs whose lyrics must not be sung again: what is made is held out from them."""
 
