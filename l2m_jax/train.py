@@ -49,15 +49,17 @@ def train(
     valid: Dataset | None = None,
     console: Console | None = None,
     songs_per_valid: int = 32,
+    enough: Callable[[SoundTransformer, int], bool] | None = None,
 ) -> bool:
     """Trains `run` to its last step, from its newest checkpoint where there is one; True when it got there.
 
+    `enough` is asked after each checkpoint, with the model and the steps done, whether the training may end before.
     SIGTERM and Ctrl-C, to any process, save a checkpoint and return False. `codec` turns sample songs into sound
     (train.sample_every). UserError where the dataset does not fit the model, or the run was begun with another config
     or dataset. With more than one process an error of one ends them all: see `hosts.together`.
     """
     with together():
-        return _train(config, dataset, run, codec, valid, console or Console(), songs_per_valid)
+        return _train(config, dataset, run, codec, valid, console or Console(), songs_per_valid, enough)
 
 
 def _train(
@@ -68,6 +70,7 @@ def _train(
     valid: Dataset | None,
     console: Console,
     songs_per_valid: int,
+    enough: Callable[[SoundTransformer, int], bool] | None,
 ) -> bool:
     console = console if lead() else Console(quiet=True)
     for songs in (dataset, valid):
@@ -126,6 +129,8 @@ def _train(
                     pending = None
                     with saving(run):
                         checkpoints.save_checkpointables_async(done, state._asdict())
+                    if enough is not None and not stop and enough(state.model, done):
+                        return True
                 if stop:
                     break
             if pending is not None:

@@ -57,15 +57,15 @@ class Overfit:
     """Model width."""
 
 
-def cut(job: Overfit, folder: Path) -> None:
-    """Writes the excerpts as a dataset folder, each with the words that are sung in it."""
-    songs = {song.id: song for song in scan_songs(job.songs_folder)[0]}
-    for name, start in zip(job.songs, job.start):
+def cut(songs_folder: Path, folder: Path, starts: dict[str, float], seconds: float) -> None:
+    """Writes excerpts of the named songs as a dataset folder, each with the words that are sung in it."""
+    songs = {song.id: song for song in scan_songs(songs_folder)[0]}
+    for name, start in starts.items():
         song = songs[name]
-        samples = read_audio(song.audio, 24_000)[round(start * 24_000) : round((start + job.seconds) * 24_000)]
+        samples = read_audio(song.audio, 24_000)[round(start * 24_000) : round((start + seconds) * 24_000)]
         words = song.lyrics.split()
         if song.word_times is not None:
-            inside = (song.word_times[:, 1] > start) & (song.word_times[:, 0] < start + job.seconds)
+            inside = (song.word_times[:, 1] > start) & (song.word_times[:, 0] < start + seconds)
             words = [word for word, keep in zip(words, inside) if keep]
         (folder / name).mkdir(parents=True, exist_ok=True)
         (folder / name / "lyrics.txt").write_text(" ".join(words) + "\n", encoding="utf-8")
@@ -76,7 +76,7 @@ def main(job: Overfit) -> None:
     """Cuts, prepares, trains, sings and compares."""
     console = Console()
     if not (job.out / "data" / "dataset").exists():
-        cut(job, job.out / "excerpts")
+        cut(job.songs_folder, job.out / "excerpts", dict(zip(job.songs, job.start)), job.seconds)
         prepare(job.out / "excerpts", job.out / "data", console=console)
     dataset = Dataset(job.out / "data")
     frames = max(len(dataset[i].codes) for i in range(2))

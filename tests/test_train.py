@@ -128,6 +128,19 @@ def test_a_run_at_its_end_has_nothing_to_do(tmp_path, prepared, trained):
     assert (trained / "metrics.jsonl").read_text() == before
 
 
+def test_a_training_ends_when_it_is_enough(tmp_path, prepared, trained):
+    run, asked = tmp_path / "run", []
+
+    def enough(model, step):
+        asked.append(step)
+        return step == 8
+
+    assert train(CONFIG, Dataset(prepared), run, None, enough=enough)
+    assert asked == [4, 8] and [line["step"] for line in lines(run)] == list(range(8))
+    assert train(CONFIG, Dataset(prepared), run, None)  # and may go on
+    assert [line["loss"] for line in lines(run)] == [line["loss"] for line in lines(trained)]
+
+
 def test_accumulation_gives_the_same_steps(tmp_path, prepared, trained):
     config = changed(accumulate=2)
     assert train(config, Dataset(prepared), tmp_path / "run", None)
