@@ -1,6 +1,6 @@
 """benchmark: follows solfege songs of 8 to 16 notes with choruses. `scripts/solfege_benchmark.sh` trains and judges it.
 
-5.6 M parameters, 256 wide, 4 layers, pre-norm, `delay`; windows of 7.7 s, 8 songs a step, 3,000 steps on two CPU cores.
+5.6 M parameters, 256 wide, 4 layers, pre-norm, `delay`; windows of 7.7 s, 8 songs a step, 2,200 steps on two CPU cores.
 With `--model.layout flatten` the same window is twice as many positions.
 """
 
@@ -9,6 +9,6 @@ from l2m_jax.config import Config, ModelConfig, TrainConfig
 config = Config(
     model=ModelConfig(layout="delay", width=256, heads=4, layers=4, frames=575, memory=24, norm="pre"),
     train=TrainConfig(
-        batch=8, steps=3000, lr_max=1e-3, lr_min=5e-5, warmup=200, checkpoint_every=200, valid_every=100, remat="none"
+        batch=8, steps=2200, lr_max=1e-3, lr_min=5e-5, warmup=200, checkpoint_every=200, valid_every=100, remat="none"
     ),
 )

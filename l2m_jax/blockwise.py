@@ -142,7 +142,13 @@ def _over_keys(add: Callable, first: Array | None, count: int, q: Array, k: Arra
 
 def _positions(q: Array, k: Array) -> int:
     """Positions of a block of queries: with those of all heads of a group it holds about `BLOCK`."""
-    return min(max(BLOCK * k.shape[1] // q.shape[1], 8), q.shape[2])
+    return _even(q.shape[2], max(BLOCK * k.shape[1] // q.shape[1], 8))
+
+
+def _even(length: int, size: int) -> int:
+    """The size of equal blocks of at most about `size`: 576 are twice 288, not 512 and a block that is mostly padding."""
+    blocks = -(-length // size)
+    return min(-(-length // blocks // 8) * 8, length) if blocks > 1 else length
 
 
 def _first(start: Any, i: Array, count: int) -> Array | None:  # a constant start may come as an int
@@ -162,7 +168,7 @@ def _whole(x: Float[Array, "R I Q H"], q: Float[Array, "B N T H"], k: Float[Arra
 
 
 def _keys_in_blocks(x: Float[Array, "B K C H"]) -> Float[Array, "R J G H"]:
-    size = min(BLOCK, x.shape[2])
+    size = _even(x.shape[2], BLOCK)
     return _padded(x, size, 2).reshape(x.shape[0] * x.shape[1], -1, size, x.shape[3])
 
 
@@ -172,7 +178,7 @@ def _bias(causal: bool, seen: Bool[Array, "B C"] | None, k: Array) -> Float[Arra
         if causal:
             return None
         seen = jnp.ones((k.shape[0], k.shape[2]), bool)
-    size = min(BLOCK, k.shape[2])
+    size = _even(k.shape[2], BLOCK)
     bias = jnp.where(_padded(seen, size, 1), 0.0, -jnp.inf).reshape(len(k), -1, size)
     return jnp.repeat(bias, k.shape[1], axis=0)
 
