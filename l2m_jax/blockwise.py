@@ -146,7 +146,7 @@ def _positions(q: Array, k: Array) -> int:
 
 
 def _even(length: int, size: int) -> int:
-    """The size of equal blocks of at most about `size`: 576 are twice 288, not 512 and a block that is mostly padding."""
+    """The size of equal blocks of about `size` at most: 576 are twice 288, not 512 and a block of padding."""
     blocks = -(-length // size)
     return min(-(-length // blocks // 8) * 8, length) if blocks > 1 else length
 
