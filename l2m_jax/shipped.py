@@ -23,6 +23,7 @@ from l2m_jax.config import UserError
 from l2m_jax.sharding import path_name
 
 CARD = """---
+license: {licence}
 tags: [music, lyrics, jax, l2m_jax]
 ---
 
@@ -41,6 +42,7 @@ A model of l2m_jax: lyrics and a genre go in, a song comes out. Sing with it:
 | genres | {genres} |
 | codec | {codec} [{codec_fingerprint}] |
 | text encoder | {text_encoder}, layer {text_layer} [{text_fingerprint}] |
+| licence | {licence} |
 
 Codec and text encoder do not come along: their fingerprints are checked when the model is loaded.
 
@@ -50,9 +52,10 @@ Codec and text encoder do not come along: their fingerprints are checked when th
 """
 
 
-def export(run: Path, out: Path, step: int | None = None) -> int:
+def export(run: Path, out: Path, step: int | None = None, licence: str = "unknown") -> int:
     """Writes the model of a run as a folder of its own; returns the bytes of its weights.
 
+    `licence` goes into the card: weights are derived from songs, whose licences bind them.
     UserError where `out` holds anything already, the run is none, or a parameter is beyond float16.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -69,18 +72,25 @@ def export(run: Path, out: Path, step: int | None = None) -> int:
     if (run / "alignment.json").is_file():
         shutil.copyfile(run / "alignment.json", out / "alignment.json")
     parameters = sum(x.size for x in tensors.values()) - 1
-    write_atomic(out / "README.md", _card(run, out.name, info, step, parameters, len(content)).encode())
+    write_atomic(out / "README.md", _card(run, out.name, info, step, parameters, len(content), licence).encode())
     write_atomic(out / WEIGHTS, content)  # last: without it the folder is no model
     return len(content)
 
 
-def _card(run: Path, name: str, info: RunInfo, step: int, parameters: int, size: int) -> str:
-    evaluation = run / "evaluation" / "evaluation.md"
+def _card(run: Path, name: str, info: RunInfo, step: int, parameters: int, size: int, licence: str) -> str:
+    path = run / "evaluation" / "evaluation.md"
+    evaluation = _inside(path.read_text("utf-8")) if path.is_file() else "None: `l2m evaluate` makes one."
     model, train = info.config.model, info.config.train
     return CARD.format(
         name=name, genre=info.genres[0] if info.genres else '""', genres=", ".join(info.genres) or "none",
         millions=parameters / 1e6, megabytes=size / 1e6, step=step, batch=train.batch, lr=train.lr_max,
         layers=model.layers, width=model.width, heads=model.heads, norm=model.norm, layout=model.layout,
-        frames=model.frames, memory=model.memory, **info.made_with._asdict(),
-        evaluation=evaluation.read_text("utf-8").strip() if evaluation.is_file() else "None: `l2m evaluate` makes one.",
+        frames=model.frames, memory=model.memory, licence=licence, **info.made_with._asdict(),
+        evaluation=evaluation,
     )  # fmt: skip
+
+
+def _inside(text: str) -> str:
+    """A page as part of another: headings one step down, without pictures, which do not come along."""
+    lines = (line for line in text.splitlines() if not line.startswith("!["))
+    return "\n".join("#" + line if line.startswith("#") else line for line in lines).strip()

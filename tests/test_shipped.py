@@ -23,9 +23,9 @@ def exported(trained, tmp_path_factory):
     shutil.copytree(trained, run)
     (run / "alignment.json").write_text('{"heads": []}')
     (run / "evaluation").mkdir()
-    (run / "evaluation" / "evaluation.md").write_text("12 of 13 notes\n")
+    (run / "evaluation" / "evaluation.md").write_text("# run\n\n12 of 13 notes\n\n![a](a.png)\n")
     out = run.parent / "passed-on"
-    return out, export(run, out, 8)
+    return out, export(run, out, 8, "apache-2.0")
 
 
 def test_the_same_model_in_float16(trained, exported):
@@ -41,6 +41,7 @@ def test_the_same_model_in_float16(trained, exported):
         np.testing.assert_array_equal(a, np.asarray(b).astype(np.float16))
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     card = (out / "README.md").read_text()
+    assert card.startswith("---\nlicense: apache-2.0\n") and "\n## run\n" in card and "a.png" not in card
     assert "8 steps of 4 songs" in card and "12 of 13 notes" in card and info.made_with.codec_fingerprint in card
     assert (out / "alignment.json").read_text() == '{"heads": []}'
 

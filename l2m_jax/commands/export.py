@@ -20,11 +20,13 @@ class Export:
     """Folder to make."""
     step: int | None = None
     """Checkpoint; the newest by default."""
+    licence: str = "unknown"
+    """What the card says, such as apache-2.0; weights are derived from songs, whose licences bind them."""
 
     def run(self) -> int:
         """Does it; returns the exit status."""
         from l2m_jax.shipped import export
 
-        size = export(self.run_folder, self.out, self.step)
+        size = export(self.run_folder, self.out, self.step, self.licence)
         print(f"{self.out}: {size / 1e6:.1f} MB; sing with: l2m generate {self.out} --lyrics TEXT -o song.wav")
         return 0
