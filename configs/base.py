@@ -3,7 +3,7 @@
 Cost: 66 TFLOP a song forward and backward, a third more with remat (6 x parameters x 18,432 positions, and for causal
 attention 12 x layers x width x positions^2 / 2).
 Memory: 16 bytes a parameter for parameters, gradients and AdamW's moments, 4.2 GB, split over `fsdp`; activations of
-one song, kept at the edges of the 18 layers and of their self-attention in bfloat16: 1.4 GB.
+one song, kept at the edges of the 18 layers and of their attention in bfloat16: 2.0 GB.
 Command: l2m train --config base --data OUT --run RUN --train.batch 32
 """
 

@@ -3,7 +3,7 @@
 Cost: 228 TFLOP a song forward and backward, a third more with remat (6 x parameters x 18,432 positions, and for causal
 attention 12 x layers x width x positions^2 / 2).
 Memory: 16 bytes a parameter for parameters, gradients and AdamW's moments, 20 GB, split over `fsdp`; activations of one
-song, kept at the edges of the 22 layers and of their self-attention in bfloat16: 3.3 GB.
+song, kept at the edges of the 22 layers and of their attention in bfloat16: 5.0 GB.
 Command: l2m train --config large --data OUT --run RUN --train.batch 128
 """
 

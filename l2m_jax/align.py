@@ -46,7 +46,8 @@ class Teacher(NamedTuple):
     codes: Int[np.ndarray, "F K"]
     prompt: Prompt  # of this song alone, [1, S, ...]
     words: Int[np.ndarray, " M"]  # word of each row of the memory, null rows first; -1 where it is none
-    starts: Float[np.ndarray, " W"] | None = None  # in s, where they are known
+    starts: Float[np.ndarray, " W"] | None = None  # in s, where they are known; NaN after the window
+    cut: bool = False  # whether the song goes on after these codes
 
 
 class Errors(NamedTuple):
@@ -59,12 +60,14 @@ class Errors(NamedTuple):
     within_300_ms: float
 
 
-def teacher(record: Record, memory: int) -> Teacher:
-    """The song of a record, for a model whose memory has `memory` rows."""
+def teacher(record: Record, memory: int, frames: int, pace: float) -> Teacher:
+    """The song of a record for a model whose memory has `memory` rows, up to a window of `frames`, `pace` a second."""
     rows = prompt_rows(record.lyric_states, record.section, record.genre_states, memory)
     prompt = Prompt(*(row[None] for row in rows))
-    starts = record.word_times[:, 0] if len(record.word_times) else None
-    return Teacher(record.codes.astype(np.int32), prompt, memory_words(prompt, record.word), starts)
+    codes, starts = record.codes[:frames].astype(np.int32), None
+    if len(record.word_times):
+        starts = np.where(record.word_times[:, 0] < len(codes) / pace, record.word_times[:, 0], np.nan)
+    return Teacher(codes, prompt, memory_words(prompt, record.word), starts, len(record.codes) > frames)
 
 
 def memory_words(prompt: Prompt, word: Int[np.ndarray, " P"]) -> Int[np.ndarray, " M"]:
@@ -126,29 +129,33 @@ def word_mass(maps: Float[np.ndarray, "heads F M"], words: Int[np.ndarray, " M"]
 
 
 def word_times(
-    maps: Float[np.ndarray, "heads F M"], words: Int[np.ndarray, " M"], frame_rate: float, blank: float
+    maps: Float[np.ndarray, "heads F M"], words: Int[np.ndarray, " M"], pace: float, blank: float, cut: bool = False
 ) -> Float[np.ndarray, "W 2"]:
     """Start and end of every word in seconds: dynamic time warping of words against frames.
 
     Words come in their order, each for a frame at least; between them, before and after may be stretches in which
     nothing is sung. Of all such paths this is the one with the most attention on it, where blanks count as `blank`.
-    A chorus that comes again has rows of its own, later in the memory: its words are no other case.
+    A chorus that comes again has rows of its own, later in the memory: its words are no other case. `pace` is frames a
+    second. Where the song is `cut`, the path may end at any word; those after it start and end where the frames do.
     """
     mass = word_mass(maps, words)
     (frames, count), fold = mass.shape, 1
     if not count or not frames:
         return np.zeros((count, 2), np.float32)
-    if count > frames:  # more words than frames: some share one
+    if count > frames and not cut:  # more words than frames: some share one
         fold = -(-count // frames)
         mass = mass.repeat(fold, axis=0)
-    path = _best_path(mass, blank)
+    path = _best_path(mass, blank, cut)
     starts = np.searchsorted(path, np.arange(1, 2 * count, 2))  # the path never goes back
     ends = np.searchsorted(path, np.arange(1, 2 * count, 2), side="right")
-    return (np.stack([starts, ends], axis=1) / (fold * frame_rate)).astype(np.float32)
+    return (np.stack([starts, ends], axis=1) / (fold * pace)).astype(np.float32)
 
 
-def _best_path(mass: np.ndarray, blank: float) -> np.ndarray:
-    """State of each frame, [F]: word w is state 2 w + 1, the blanks around it are 2 w and 2 w + 2. Viterbi."""
+def _best_path(mass: np.ndarray, blank: float, cut: bool = False) -> np.ndarray:
+    """State of each frame, [F]: word w is state 2 w + 1, the blanks around it are 2 w and 2 w + 2. Viterbi.
+
+    It ends at the last word or the blank after it, or, `cut`, anywhere.
+    """
     frames, count = mass.shape
     gain = np.full((frames, 2 * count + 1), blank, np.float32)
     gain[:, 1::2] = mass
@@ -160,7 +167,8 @@ def _best_path(mass: np.ndarray, blank: float) -> np.ndarray:
         choices = np.stack([best[2:], best[1:-1], best[:-2] + skips])
         came[frame] = choices.argmax(0)
         best[2:] = choices.max(0) + gain[frame]
-    state = 2 * count if best[-1] >= best[-2] else 2 * count - 1
+    last = 0 if cut else 2 * count - 1
+    state = 2 * count - int(best[2 + last :][::-1].argmax())  # the last of equals
     path = np.zeros(frames, np.int64)
     for frame in range(frames - 1, -1, -1):
         path[frame] = state
@@ -169,16 +177,17 @@ def _best_path(mass: np.ndarray, blank: float) -> np.ndarray:
 
 
 def align_song(
-    model: SoundTransformer, layout: Layout, song: Teacher, reading: Reading, frame_rate: float
+    model: SoundTransformer, layout: Layout, song: Teacher, reading: Reading, pace: float
 ) -> Float[np.ndarray, "W 2"]:
     """Start and end of every word in seconds. UserError where the song is longer than the window."""
     maps = attention_maps(model, layout, song.codes, song.prompt, reading.heads)
-    return word_times(maps, song.words, frame_rate, reading.blank)
+    return word_times(maps, song.words, pace, reading.blank, song.cut)
 
 
 def alignment_errors(starts: Float[np.ndarray, " W"], truth: Float[np.ndarray, " W"]) -> Errors:
-    """How far the starts are from the truth, both in seconds; songs may stand one after the other."""
+    """How far the starts are from the truth, both in seconds, where it is known (not NaN); songs may stand in a row."""
     errors = 1000 * np.abs(np.asarray(starts, np.float64) - truth)
+    errors = errors[np.isfinite(errors)]
     if not len(errors):
         return Errors(0, *4 * (float("nan"),))
     return Errors(
@@ -188,7 +197,7 @@ def alignment_errors(starts: Float[np.ndarray, " W"], truth: Float[np.ndarray, "
 
 
 def choose_heads(
-    model: SoundTransformer, layout: Layout, songs: Sequence[Teacher], frame_rate: float
+    model: SoundTransformer, layout: Layout, songs: Sequence[Teacher], pace: float
 ) -> tuple[Reading, Errors]:
     """The heads that follow the words best, and the errors of all of them together on these songs.
 
@@ -196,7 +205,7 @@ def choose_heads(
     that blank, as together err least. Songs without times have no say, unless none has any: then one head is
     taken, the most diagonal by the share of its look that words get. UserError where there are no words.
     """
-    timed = [(song, song.starts) for song in songs if song.starts is not None and len(song.starts)]
+    timed = [(song, song.starts) for song in songs if song.starts is not None and np.isfinite(song.starts).any()]
     songs = [song for song in songs if (song.words >= 0).any()]
     if not songs:
         raise UserError("no song has words: heads are chosen on songs with lyrics, best with times (words.csv)")
@@ -211,15 +220,15 @@ def choose_heads(
     truth = np.concatenate([starts for _, starts in timed])
     for song, starts in timed:
         for head, one in _each_map(model, layout, song.codes, song.prompt):
-            found = word_times(one[None], song.words, frame_rate, BLANK)[:, 0]
-            scores[head] += np.abs(found - starts).tolist()
+            found = word_times(one[None], song.words, pace, BLANK, song.cut)[:, 0]
+            scores[head] += np.abs(found - starts)[np.isfinite(starts)].tolist()
     ranked = sorted(scores, key=lambda head: sum(scores[head]))[:MOST]
     maps = [dict(_each_map(model, layout, song.codes, song.prompt, ranked)) for song, _ in timed]
     choices = []
     for count, blank in itertools.product(range(1, len(ranked) + 1), BLANKS):
         chosen = sorted(ranked[:count])
         starts = [
-            word_times(np.stack([one[head] for head in chosen]), song.words, frame_rate, blank)[:, 0]
+            word_times(np.stack([one[head] for head in chosen]), song.words, pace, blank, song.cut)[:, 0]
             for (song, _), one in zip(timed, maps)
         ]
         choices.append((Reading(tuple(chosen), blank), alignment_errors(np.concatenate(starts), truth)))

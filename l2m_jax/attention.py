@@ -3,7 +3,8 @@
 Heads stand before positions, [B, N, T, H]: a decode step then reads each head's cache as one contiguous block.
 K key heads are shared by N / K query heads each, one after the other (grouped queries: Ainslie et al., 2023).
 
-A CPU runs `blockwise_attention`, a TPU Pallas splash attention, a GPU cuDNN's. The accelerators' paths have not run on
+A CPU runs `blockwise_attention`, a TPU Pallas splash attention, a GPU cuDNN's where that can (whole causal
+self-attention) and else the blockwise one. The accelerators' paths have not run on
 hardware yet: the TPU's kernel is tested by interpreting it on a CPU, the GPU's call by lowering it.
 """
 
@@ -19,10 +20,11 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from l2m_jax.blockwise import KEPT, blockwise_attention
+from l2m_jax.sharding import SONGS
 
 SMALL = 1 << 22  # scores (16 MiB) up to which the plain formula is taken
 LANES = 128  # what the TPU's kernel wants head width and positions to be multiples of
-SONGS, HEADS, POSITIONS = ("data", "fsdp"), ("tensor",), ("context",)  # axes of the mesh
+HEADS, POSITIONS = ("tensor",), ("context",)  # axes of the mesh
 
 
 def attend(

@@ -1,7 +1,9 @@
-"""A figure of many songs with its interval: the bootstrap over songs (Efron, 1979). After `config`."""
+"""A figure of many songs with its interval: the bootstrap over songs (Efron, 1979), and for shares. After `config`."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -40,3 +42,16 @@ def estimate(parts: Float[np.ndarray, " N"], whole: Float[np.ndarray, " N"] | No
     sums = np.concatenate([rng.multinomial(len(pairs), alike, 100) @ pairs for _ in range(RESAMPLES // 100)])
     low, high = np.quantile(sums[:, 0] / sums[:, 1], [(1 - SHARE) / 2, (1 + SHARE) / 2])
     return Estimate(float(above / below), float(low), float(high), len(pairs))
+
+
+def share(right: Sequence[bool]) -> Estimate | None:
+    """The share of songs that are right, with Wilson's 95 % interval (1927); None without any song.
+
+    Resampling would say of 64 songs that are all right that no other could be wrong.
+    """
+    if not (n := len(right)):
+        return None
+    value, z2 = sum(right) / n, 1.96**2
+    middle = (value + z2 / (2 * n)) / (1 + z2 / n)
+    reach = math.sqrt(z2 * (value * (1 - value) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+    return Estimate(value, max(middle - reach, 0.0), min(middle + reach, 1.0), n)

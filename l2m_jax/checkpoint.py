@@ -85,6 +85,8 @@ def prepare_run(run: Path, info: RunInfo, console: Console) -> None:
         raise UserError(
             f"{run} was begun with another config ({'; '.join(fixed)}): give the same, or name another --run"
         )
+    if old.songs not in ("", info.songs):
+        changed.append("other songs than before, in an order of their own from here on")
     if changed:
         say(console, f"{run}: {'; '.join(changed)}")
         write_run(run, info)
@@ -115,7 +117,7 @@ def saving(run: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:  # TensorStore's errors are ValueErrors
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0]
         raise UserError(f"{run}/checkpoints: cannot be written ({reason}); the checkpoint before stands") from error
 
 

@@ -25,6 +25,7 @@ class Chip(NamedTuple):
     interconnect: float  # bytes/s to and from other chips, all links, both directions together
     dimensions: int  # of the torus; two links each
     ring: int  # an axis of so many chips (or a multiple) closes to a ring
+    largest: int  # chips of a slice
 
     @property
     def link(self) -> float:
@@ -35,9 +36,9 @@ class Chip(NamedTuple):
 # https://cloud.google.com/tpu/docs/v5e, .../v5p, .../v6e, "key specifications"; rings:
 # https://cloud.google.com/tpu/docs/system-architecture-tpu-vm, "TPU configurations" (v5p: cubes of 4 x 4 x 4).
 CHIPS = {
-    "v5e": Chip("TPU v5 lite", 197e12, 16 * 2**30, 819e9, 400e9, 2, 16),
-    "v5p": Chip("TPU v5", 459e12, 95 * 2**30, 2765e9, 1200e9, 3, 4),
-    "v6e": Chip("TPU v6 lite", 918e12, 32 * 2**30, 1638e9, 800e9, 2, 16),
+    "v5e": Chip("TPU v5 lite", 197e12, 16 * 2**30, 819e9, 400e9, 2, 16, 256),
+    "v5p": Chip("TPU v5", 459e12, 95 * 2**30, 2765e9, 1200e9, 3, 4, 8960),
+    "v6e": Chip("TPU v6 lite", 918e12, 32 * 2**30, 1638e9, 800e9, 2, 16, 256),
 }
 # libtpu must neither ask the cloud where it is, nor write of it to the terminal, nor take a lock: it compiles only.
 QUIET = {
@@ -48,7 +49,7 @@ QUIET = {
     "TPU_STDERR_LOG_LEVEL": "3",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-LARGEST = 8960  # chips of a v5p pod
+MOST_CPUS = 1024
 
 
 class Topology(NamedTuple):
@@ -65,6 +66,12 @@ class Topology(NamedTuple):
             return False
         return self.chip.dimensions == 2 or all(n % self.chip.ring == 0 for n in self.shape)
 
+    @property
+    def links(self) -> float:
+        """Bytes/s that a chip can send at most, over all of its links; 0 of one chip alone, or of unknown ones."""
+        axes = [axis for axis, chips in enumerate(self.shape) if chips > 1]
+        return self.chip.link * sum(1 + self.closes(axis) for axis in axes) if self.chip else 0.0
+
 
 def parse_topology(name: str) -> tuple[Chip | None, tuple[int, ...]]:
     """Chip and shape of `v5e:4x8`, `v5p:2x2x4` or `cpu:8`. UserError where there is no such slice."""
@@ -74,8 +81,9 @@ def parse_topology(name: str) -> tuple[Chip | None, tuple[int, ...]]:
         raise UserError(f"--topology {name}: give a kind of chip and a shape, v5e:4x8 or cpu:8; kinds: {kinds}, cpu")
     kind, shape = written[1], tuple(map(int, written[2].split("x")))
     chip = CHIPS.get(kind)
-    if not 1 <= math.prod(shape) <= LARGEST:
-        raise UserError(f"--topology {name}: {math.prod(shape)} chips; allowed: 1 to {LARGEST}")
+    largest = MOST_CPUS if chip is None else chip.largest
+    if not 1 <= math.prod(shape) <= largest:
+        raise UserError(f"--topology {name}: {math.prod(shape)} chips; allowed: 1 to {largest}")
     if chip is None:
         if len(shape) > 1:
             raise UserError(f"--topology {name}: cpu takes a number of devices, as in cpu:8")
@@ -104,7 +112,11 @@ def open_topology(name: str) -> Topology:
         return Topology(name, None, shape, _cpus(shape[0]))
     jax.config.update("jax_platforms", "cpu")  # where there are TPUs, they are left alone
     hosts = (1,) * 3 if math.prod(shape) == 1 else (2, 2, 1)
-    slices = topologies.get_topology_desc(platform="tpu", topology_name=name, chips_per_host_bounds=hosts)
+    try:
+        slices = topologies.get_topology_desc(platform="tpu", topology_name=name, chips_per_host_bounds=hosts)
+    except Exception as error:  # whatever libtpu says of it
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"--topology {name}: libtpu knows no such slice ({reason})") from error
     return Topology(name, chip, shape, list(slices.devices))
 
 

@@ -54,6 +54,12 @@ class Codec:
         return self.config.frame_rate
 
     @property
+    def pace(self) -> float:
+        """Frames a second of sound: more than `frame_rate` where segments overlap (151.5 at 48 kHz)."""
+        c = self.config
+        return c.segment / c.hop * self.rate / c.segment_stride if c.segment else self.rate / self.hop
+
+    @property
     def channels(self) -> int:
         """1 of mono, 2 of stereo."""
         return self.config.audio_channels

@@ -1,4 +1,4 @@
-"""A run, evaluated on held-out songs: what `l2m evaluate` does. After `likelihood`, `align` and `listening`.
+"""A run, evaluated on held-out songs: what `l2m evaluate` does. After `likelihood`, `lrc` and `listening`.
 
 Three parts, each a section of the figures: `likelihood`, `alignment` and `generation`. `report` writes them.
 """
@@ -22,6 +22,7 @@ from l2m_jax.data import Dataset, read_manifest
 from l2m_jax.heard import Recogniser
 from l2m_jax.likelihood import measure, summarise
 from l2m_jax.listening import evaluate_songs, spread
+from l2m_jax.lrc import read_reading
 from l2m_jax.progress import Bar, say
 from l2m_jax.singer import Singer, load
 from l2m_jax.song import check_output
@@ -68,6 +69,8 @@ def evaluate(
     console = console or Console()
     singer, dataset, warnings = held_out
     choosing = None if valid is None else _open(valid, singer)
+    if choosing is not None and choosing.fingerprint == dataset.fingerprint:
+        raise UserError(f"--valid {valid} holds the songs of --data: choose heads on others, or leave it out")
     compared = None if reference is None else _open_reference(reference, singer)
     check_output(out / "song.wav")
     figures: dict[str, Any] = {
@@ -84,11 +87,11 @@ def evaluate(
     }
     for warning in warnings:
         say(console, f"warning: {warning}")
-    reading = None
+    reading = _kept_reading(singer, dataset) if choosing is None else None
     if "likelihood" in settings.only:
         figures["likelihood"] = _likelihood(singer, dataset, settings.batch, console)
     if "alignment" in settings.only:
-        figures["alignment"], reading = _alignment(singer, dataset, choosing, console)
+        figures["alignment"], reading = _alignment(singer, dataset, choosing, reading, console)
     if "generation" in settings.only:
         figures["generation"] = evaluate_songs(singer, dataset, settings, out, compared, reading, recogniser, console)
     return figures
@@ -119,58 +122,80 @@ def _likelihood(singer: Singer, dataset: Dataset, batch: int, console: Console) 
     model = load_model(singer.run, singer.step)[0]  # whose layers are stacked; the singer's are apart
     chunk = singer.info.config.train.chunk
     with Bar(console, "bits per code", len(dataset), "songs") as bar:
-        songs = measure(model, singer.layout, dataset, range(len(dataset)), batch, chunk, bar.update)
+        everything, pace = range(len(dataset)), singer.codec.pace
+        songs = measure(model, singer.layout, dataset, everything, pace, batch, chunk, bar.update)
     return summarise(songs)
 
 
+def _kept_reading(singer: Singer, dataset: Dataset) -> Reading | None:
+    """The heads in RUN/alignment.json, where they were chosen for this step and on other songs than these."""
+    kept = read_reading(singer.run)
+    if kept is None or kept.step != singer.step or kept.songs in ("", dataset.fingerprint):
+        return None
+    return kept.reading
+
+
 def _alignment(
-    singer: Singer, dataset: Dataset, valid: Dataset | None, console: Console
+    singer: Singer, dataset: Dataset, valid: Dataset | None, reading: Reading | None, console: Console
 ) -> tuple[dict[str, Any], Reading | None]:
-    """Word starts of the held-out songs by the heads that are best on other songs; without word times a note."""
-    songs, choosing, chosen_on = _timed(dataset, singer), dataset, f"{dataset.folder}, a fifth of its songs"
-    if valid is None:
-        chosen, songs = songs[::5], np.delete(songs, np.s_[::5])
+    """Word starts of the held-out songs by the given heads, or those that are best on other songs.
+
+    Without word times a note.
+    """
+    pace, config = singer.codec.pace, singer.info.config.model
+    songs, choosing, chosen_on = _timed(dataset), dataset, f"{dataset.folder}, a fifth of its songs"
+    chosen = songs[:0]
+    if reading is not None:
+        chosen_on = f"{singer.run / 'alignment.json'}"
+    elif valid is None:
+        chosen = spread(songs[::5], CHOOSING)
+        songs = np.setdiff1d(songs, chosen)
     else:
-        choosing, chosen_on, chosen = valid, str(valid.folder), _timed(valid, singer)
-    if not len(chosen) or not len(songs):
-        note = f"none: songs with word times (words.csv) are needed, of {chosen_on} too, that fit the model's window"
+        choosing, chosen_on, chosen = valid, str(valid.folder), spread(_timed(valid), CHOOSING)
+    if not len(songs) or (reading is None and not len(chosen)):
+        note = f"none: songs with word times (words.csv) are needed, of {chosen_on} too"
         say(console, f"alignment: {note}")
         return {"note": note}, None
-    rate, memory = singer.codec.frame_rate, singer.info.config.model.memory
     with Bar(console, "word starts", len(songs), "songs") as bar:
-        bar.update(0, "choosing heads")
-        teachers = [teacher(choosing[int(i)], memory) for i in spread(chosen, CHOOSING)]
-        reading, chosen_errors = choose_heads(singer.model, singer.layout, teachers, rate)
+        chosen_errors = None
+        if reading is None:
+            bar.update(0, "choosing heads")
+            teachers = [teacher(choosing[int(i)], config.memory, config.frames, pace) for i in chosen]
+            reading, chosen_errors = choose_heads(singer.model, singer.layout, teachers, pace)
         found, even, truth = [], [], []
         for i in songs:
-            song, seconds = teacher(dataset[int(i)], memory), float(dataset[int(i)].seconds)
+            record = dataset[int(i)]
+            song = teacher(record, config.memory, config.frames, pace)
             assert song.starts is not None  # _timed chose it
-            found.append(align_song(singer.model, singer.layout, song, reading, rate)[:, 0])
-            even.append(np.linspace(0, seconds, len(song.starts), endpoint=False))
+            found.append(align_song(singer.model, singer.layout, song, reading, pace)[:, 0])
+            even.append(np.linspace(0, float(record.seconds), len(song.starts), endpoint=False))
             truth.append(song.starts)
             bar.update(len(found))
     figures = {
         "songs": len(songs),
-        "songs_left_out": len(dataset) - len(songs) - (len(chosen) if valid is None else 0),
+        "songs_cut": int(sum(dataset.frames()[songs] > config.frames)),
+        "songs_without_times": len(dataset) - len(_timed(dataset)),
         **reading._asdict(),
-        "chosen_on": {"songs": len(teachers), "data": chosen_on, "errors": chosen_errors._asdict()},
+        "chosen_on": {
+            "songs": len(chosen),
+            "data": chosen_on,
+            "errors": chosen_errors._asdict() if chosen_errors else None,
+        },
         "attention": _errors(found, truth),
         "evenly_spread_words": _errors(even, truth),
     }
     return figures, reading
 
 
-def _timed(dataset: Dataset, singer: Singer) -> np.ndarray:
-    """Indices of the songs with word times that fit the window."""
-    lines = read_manifest(dataset.folder)
-    fits = [line["words_timed"] > 0 and line["frames"] <= singer.layout.frames for line in lines]
-    return np.flatnonzero(fits)
+def _timed(dataset: Dataset) -> np.ndarray:
+    """Indices of the songs with word times."""
+    return np.flatnonzero([line["words_timed"] > 0 for line in read_manifest(dataset.folder)])
 
 
 def _errors(found: Sequence[Float[np.ndarray, " _"]], truth: Sequence[Float[np.ndarray, " _"]]) -> dict[str, Any]:
     """Errors of all words of all songs; of the shares, with intervals over songs."""
     errors = alignment_errors(np.concatenate(found), np.concatenate(truth))._asdict()
-    words = np.array([len(starts) for starts in truth], float)
+    words = np.array([np.isfinite(starts).sum() for starts in truth], float)
     for limit in (100, 300):
         within = [float((1000 * np.abs(a - b) <= limit).sum()) for a, b in zip(found, truth)]
         errors[f"within_{limit}_ms"] = estimate(np.array(within), words)

@@ -156,10 +156,10 @@ def _speed(songs: Sequence[Song], took: float) -> str:
 
 
 def _is_sung(out: Path, request: Request, singer: Singer) -> bool:
-    """Whether the song of this very request and checkpoint is there already."""
+    """Whether the song of this very request and model is there already."""
     try:
         about = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
-        mine = {"request": dataclasses.asdict(request), "run": str(singer.run), "step": singer.step}
+        mine = {"request": dataclasses.asdict(request), "model": singer.fingerprint}
         whole = all(out.with_suffix(suffix).is_file() for suffix in (".wav", ".ecdc", ".npz"))
         return whole and all(about[key] == value for key, value in mine.items())
     except (OSError, ValueError, KeyError, TypeError):

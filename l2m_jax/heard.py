@@ -45,7 +45,8 @@ def load_recogniser(name: str) -> Recogniser:
         revision = loaded.model.config._commit_hash or ""
         return Recogniser(name, revision, phonemes, loaded)
     except Exception as error:  # whatever transformers and the hub say of it
-        raise UserError(f"--asr {name}: no speech recogniser can be loaded ({str(error).splitlines()[0]})") from None
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"--asr {name}: no speech recogniser can be loaded ({reason})") from None
 
 
 def transcribe(recogniser: Recogniser, samples: Float[np.ndarray, " T"], rate: int) -> str:
@@ -72,6 +73,7 @@ def error_rates(recogniser: Recogniser, lyrics: Sequence[str], heard: Sequence[s
 
     asked = [" ".join(parse_lyrics(text).words) for text in lyrics]
     protocol = {"model": recogniser.name, "revision": recogniser.revision, "normalisation": NORMALISATION}
+    protocol |= {"seconds_at_a_time": CHUNK}
     if recogniser.phonemes:
         protocol["normalisation"] = "phonemes of the tokenizer's phonemizer, each counted as a word"
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import signal
 import sys
@@ -71,7 +72,10 @@ def join(coordinator: str, processes: int, process: int) -> None:
         late.cancel()
         _when_aborted("")
     if jax.process_count() > 1:
-        gone = f"process {jax.process_index()}: another process is gone, see above (nothing above: process 0); {ADVICE}"
+        gone = (
+            f"process {jax.process_index()}: aborted, by itself or as another is gone: see above (nothing above: "
+            f"process 0 is gone); {ADVICE}"
+        )
         _when_aborted(gone)
         _watch()
 
@@ -108,6 +112,8 @@ def together() -> Iterator[None]:
     except Exception as error:
         if jax.process_count() == 1:
             raise
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            error = UserError(f"{error.filename or 'a file'} cannot be written: {error.strerror}")
         expected = isinstance(error, UserError) and not isinstance(error.__cause__, ValueError)
         if not expected:  # an exchange that broke off says less than the watch, which knows who is gone
             time.sleep(SILENCE + 3 * BEAT)

@@ -125,6 +125,7 @@ def measure(
     layout: Layout,
     dataset: Dataset,
     songs: Sequence[int],
+    pace: float,
     batch: int = 8,
     chunk: int = 1024,
     progress: Callable[[int], Any] = lambda done: None,
@@ -132,7 +133,8 @@ def measure(
     """Bits of the chosen songs, in order of their names, `batch` of similar length at a time.
 
     Lyrics and genres that are not a song's own are those of other chosen songs. Each window that is compiled is the
-    model's or a half, a quarter or an eighth of it; `progress` is told how many songs are done.
+    model's or a half, a quarter or an eighth of it. `pace` is the codec's frames a second of sound; `progress` is told
+    how many songs are done.
     """
     texts, lengths, most, most_genre = [], [], 0, 0
     for r in map(dataset.__getitem__, songs):  # codes and states are read again when they are needed
@@ -151,7 +153,7 @@ def measure(
             for lyrics, genre in (donors[i] for i in chosen)
         ]
         bits = _batch_bits(model, window, records, others, rows, batch, chunk)
-        found += [_song_bits(record, window, b) for record, b in zip(records, bits)]
+        found += [_song_bits(record, window, pace, b) for record, b in zip(records, bits)]
         progress(len(found))
     return sorted(found, key=lambda song: song.song)
 
@@ -248,16 +250,17 @@ def _unknown(record: Record, lyrics: Record | None, genre: Record | None) -> lis
     ]
 
 
-def _song_bits(record: Record, layout: Layout, bits: Float[np.ndarray, "C T J"]) -> SongBits:
+def _song_bits(record: Record, layout: Layout, pace: float, bits: Float[np.ndarray, "C T J"]) -> SongBits:
     """What is kept of a song: sums."""
     frames = min(len(record.codes), layout.frames)
     codes = np.stack([layout.by_frame(condition, frames) for condition in bits])  # [C, F, K]
     end = bits.sum((1, 2)) - codes.sum((1, 2)) if frames == len(record.codes) else np.full(len(bits), np.nan)
-    rate = len(record.codes) / float(record.seconds)  # frames a second; they lie evenly over the song
     upto = np.pad(codes.sum(2).cumsum(1), ((0, 0), (1, 0)))  # bits of the first 0, 1, ... frames
-    cuts = np.rint(np.arange(0, frames / rate, STRETCH) * rate).astype(int)
+    cuts = np.rint(np.arange(0, frames / pace, STRETCH) * pace).astype(int)
     cuts = np.append(cuts[cuts < frames], frames)
-    times = np.rint(record.word_times[:, :2] * rate).astype(int)
+    # The frame in which a word begins is its own: there its first consonant is heard.
+    times = np.floor(record.word_times[:, :2] * pace + 1e-3).astype(int)
+    times = np.minimum(times, len(record.codes))
     times = times[times[:, 1] <= frames]
     return SongBits(
         song=record.song,

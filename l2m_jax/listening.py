@@ -18,7 +18,7 @@ from rich.console import Console
 
 from l2m_jax.align import Reading, align_song, alignment_errors, teacher
 from l2m_jax.audio import read_audio, write_atomic
-from l2m_jax.bootstrap import estimate
+from l2m_jax.bootstrap import share
 from l2m_jax.codec import decode
 from l2m_jax.config import EvaluateConfig, UserError
 from l2m_jax.data import Dataset, Record
@@ -98,9 +98,10 @@ def evaluate_songs(
             # A song may have ended before it began: that is heard as silence.
             samples = read_audio(file, singer.codec.rate) if len(codes) else np.zeros(1, np.float32)
             generated.append(_hear(samples, singer, one, solfege, recogniser))
-            true = _mono(decode(singer.codec, one.record.codes))
+            # As far as the model's window goes, which no song that it sings leaves.
+            true = _mono(decode(singer.codec, one.record.codes[: singer.layout.frames]))
             ceiling.append(_hear(true, singer, one, solfege, recogniser))
-            ended.append(float(json.loads(file.with_suffix(".json").read_text("utf-8"))["ended_by_itself"]))
+            ended.append(bool(json.loads(file.with_suffix(".json").read_text("utf-8"))["ended_by_itself"]))
             starts.append(_word_starts(singer, one, codes, reading) if solfege and reading and len(codes) else None)
             if len(generated) <= settings.pictures:
                 _draw(file.with_suffix(".png"), samples, singer.codec.rate, one, generated[-1].sung, starts[-1])
@@ -108,9 +109,10 @@ def evaluate_songs(
     figures: dict[str, Any] = {
         "songs": len(asked),
         "failed": failed,
+        "longer_than_the_window": sum(len(one.record.codes) > singer.layout.frames for one in asked),
         "solfege": solfege,
         "reference": {"data": known.name, "songs": len(known.genres)},
-        "generated": {"ended_by_themselves": estimate(np.array(ended))},
+        "generated": {"ended_by_themselves": share(ended)},
         "ceiling": {},
     }
     for name, heard in (("generated", generated), ("ceiling", ceiling)):
@@ -196,8 +198,9 @@ def _word_starts(
     singer: Singer, asked: Asked, codes: Int[np.ndarray, "F K"], reading: Reading
 ) -> Float[np.ndarray, " W"]:
     """Where attention has the words of a song that was sung."""
-    song = teacher(asked.record, singer.info.config.model.memory)._replace(codes=codes, starts=None)
-    return align_song(singer.model, singer.layout, song, reading, singer.codec.frame_rate)[:, 0]
+    song = teacher(asked.record, singer.info.config.model.memory, singer.layout.frames, singer.codec.pace)
+    song = song._replace(codes=codes, starts=None, cut=False)
+    return align_song(singer.model, singer.layout, song, reading, singer.codec.pace)[:, 0]
 
 
 def _figures(
@@ -235,8 +238,8 @@ def _genres(heard: Sequence[Heard], asked: Sequence[Asked], known: Known) -> dic
             continue
         found = nearest_genre(song.features, known.features[others], genres)
         confusion[one.genre][found] += 1
-        right.append(float(found == one.genre))
-    return {"right": estimate(np.array(right)), "confusion": confusion} if right else None
+        right.append(found == one.genre)
+    return {"right": share(right), "confusion": confusion} if right else None
 
 
 def _starts_errors(heard: Sequence[Heard], starts: Sequence[Float[np.ndarray, " _"] | None]) -> dict[str, Any] | None:
@@ -252,9 +255,9 @@ def _starts_errors(heard: Sequence[Heard], starts: Sequence[Float[np.ndarray, " 
     return {"songs": len(pairs), **alignment_errors(notes, times)._asdict()}
 
 
-def _told(asked: Asked, heard: Heard, ended: float) -> dict[str, Any]:
+def _told(asked: Asked, heard: Heard, ended: bool) -> dict[str, Any]:
     told: dict[str, Any] = {"song": asked.record.song, "file": f"songs/{asked.name}.wav", "genre": asked.genre}
-    told |= {"ended_by_itself": bool(ended)}
+    told |= {"ended_by_itself": ended}
     if heard.sung is not None:
         told |= {"asked": heard.sung.asked, "sung": heard.sung.names, "note_accuracy": heard.sung.accuracy}
     return told | ({"heard": heard.words} if heard.words else {})

@@ -41,6 +41,14 @@ class Source(NamedTuple):
     starts: Float[np.ndarray, " W"] | None  # of its words.csv, in s
 
 
+class Kept(NamedTuple):
+    """What RUN/alignment.json says."""
+
+    reading: Reading
+    step: int
+    songs: str  # `Dataset.fingerprint` of those that it was chosen on
+
+
 def read_source(path: Path, singer: Singer, lyrics: str = "", genre: str = "") -> Source:
     """A song folder, a song that `l2m generate` wrote, or a file of sound or codes with `lyrics`.
 
@@ -80,60 +88,69 @@ def time_words(
 ) -> tuple[Float[np.ndarray, "W 2"], list[str]]:
     """Start and end of each word in seconds, and warnings.
 
-    By the heads in RUN/alignment.json, else by the one that goes along best with this very song. UserError where the
-    lyrics are beyond the memory or the song beyond the window.
+    By the heads in RUN/alignment.json, else by the one that goes along best with this very song. Words after the
+    model's window have no times: NaN, with a warning. UserError where the lyrics are beyond the memory.
     """
     prompt, warnings = make_prompt(singer, lyrics, genre)
-    parsed, rate = parse_lyrics(lyrics), singer.codec.frame_rate
+    parsed, pace, window = parse_lyrics(lyrics), singer.codec.pace, singer.layout.frames
     if not parsed.words:
         return np.zeros((0, 2), np.float32), warnings
-    song = Teacher(codes, prompt, memory_words(prompt, split_pieces(singer.encoder, parsed).word))
+    words = memory_words(prompt, split_pieces(singer.encoder, parsed).word)
+    song = Teacher(codes[:window], prompt, words, None, len(codes) > window)
     kept = read_reading(singer.run)
     if kept is None:
-        reading, _ = choose_heads(singer.model, singer.layout, [song], rate)
+        reading, _ = choose_heads(singer.model, singer.layout, [song], pace)
         warnings.append(
             f"no heads were chosen for {singer.run}, times may be far off; choose on songs whose times are known: "
             f"l2m align {singer.run} --choose DATA"
         )
     else:
-        (reading, step), config = kept, singer.info.config.model
+        (reading, step, _), config = kept, singer.info.config.model
         if not reading.heads or any(not (0 <= a < config.layers and 0 <= b < config.heads) for a, b in reading.heads):
             raise UserError(
                 f"{singer.run}/alignment.json names heads that the model has not: choose again with --choose"
             )
         if step != singer.step:
             warnings.append(f"heads were chosen at step {step}, this is step {singer.step}: choose again with --choose")
-    return align_song(singer.model, singer.layout, song, reading, rate), warnings
+    times = align_song(singer.model, singer.layout, song, reading, pace)
+    if song.cut:
+        times[times[:, 0] >= window / pace - 1e-3] = np.nan
+        times[:, 1] = np.minimum(times[:, 1], window / pace)
+        warnings.append(
+            f"the song has {len(codes)} frames and the model sees {window}: {np.isnan(times[:, 0]).sum()} words after "
+            f"{window / pace:.1f} s have no times"
+        )
+    return times, warnings
 
 
 def choose_reading(singer: Singer, dataset: Dataset, most: int) -> tuple[Reading, Errors]:
-    """Chooses heads on the first `most` songs that fit the window, and keeps them in RUN/alignment.json.
+    """Chooses heads on the first `most` songs, as far as the window goes, and keeps them in RUN/alignment.json.
 
-    UserError where the songs are of another codec or text encoder, or none has words and fits.
+    UserError where the songs are of another codec or text encoder, or none has words.
     """
     config = singer.info.config.model
     dataset.check(config)
     if apart := singer.info.made_with.differences(dataset.made_with):
         raise UserError(f"{dataset.folder} and {singer.run} were prepared differently ({'; '.join(apart)})")
-    fits = np.flatnonzero(dataset.frames() <= config.frames)[:most]
-    if not len(fits):
-        raise UserError(f"{dataset.folder}: every song is longer than the window of {config.frames} frames")
-    songs = [teacher(dataset[int(i)], config.memory) for i in fits]
-    reading, errors = choose_heads(singer.model, singer.layout, songs, singer.codec.frame_rate)
+    pace, chosen = singer.codec.pace, range(min(most, len(dataset)))
+    songs = [teacher(dataset[i], config.memory, config.frames, pace) for i in chosen]
+    reading, errors = choose_heads(singer.model, singer.layout, songs, pace)
     about = {"l2m_jax": "alignment", "step": singer.step, "heads": reading.heads, "blank": reading.blank}
     about |= {"chosen_on": dataset.folder.resolve().name, "songs": len(songs)}
+    about |= {"songs_fingerprint": dataset.fingerprint}
     about |= {"errors": errors._asdict() if errors.words else None}
     write_json(singer.run / "alignment.json", about)
     return reading, errors
 
 
-def read_reading(run: Path) -> tuple[Reading, int] | None:
-    """What RUN/alignment.json says, and of which step; None where there is none. UserError where it is damaged."""
+def read_reading(run: Path) -> Kept | None:
+    """What RUN/alignment.json says; None where there is none. UserError where it is damaged."""
     path = run / "alignment.json"
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
         heads: list[Head] = [(int(layer), int(head)) for layer, head in about["heads"]]
-        return Reading(tuple(heads), float(about["blank"])), int(about["step"])
+        reading = Reading(tuple(heads), float(about["blank"]))
+        return Kept(reading, int(about["step"]), str(about.get("songs_fingerprint", "")))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -141,11 +158,18 @@ def read_reading(run: Path) -> tuple[Reading, int] | None:
 
 
 def to_lrc(lyrics: str, times: Float[np.ndarray, "W 2"]) -> str:
-    """The lyrics in enhanced LRC. Section tags are comments; they and empty lines clear the line before at its end."""
-    words, lines = (parsed := parse_lyrics(lyrics)).words, parsed.lines
+    """The lyrics in enhanced LRC. Section tags are comments; they and empty lines clear the line before at its end.
+
+    It ends with the last word that has a time.
+    """
+    parsed = parse_lyrics(lyrics)
+    words, lines = parsed.words[: np.isfinite(times[:, 0]).sum()], parsed.lines
+    text = lyrics.removeprefix("\ufeff").splitlines()
+    if len(words) < len(parsed.words):
+        text = text[: lines[len(words) - 1] + 1] if words else []
     out, shown = ["[re:l2m_jax]"], False
     word = 0
-    for number, line in enumerate([*lyrics.removeprefix("\ufeff").splitlines(), ""]):
+    for number, line in enumerate([*text, ""]):
         first = word
         while word < len(words) and lines[word] == number:
             word += 1
@@ -173,7 +197,11 @@ def write_lrc(path: Path, lyrics: str, times: Float[np.ndarray, "W 2"]) -> None:
 
 def labels(lyrics: str, times: Float[np.ndarray, "W 2"]) -> Sequence[Label]:
     """The words at their times, for the picture."""
-    return [Label(word, float(start), float(end)) for word, (start, end) in zip(parse_lyrics(lyrics).words, times)]
+    return [
+        Label(word, float(start), float(end))
+        for word, (start, end) in zip(parse_lyrics(lyrics).words, times)
+        if np.isfinite(start)
+    ]
 
 
 def describe_errors(errors: Errors) -> str:

@@ -125,7 +125,9 @@ def decode_plan(config: Config, topology: Topology, songs: int, rule: SampleConf
     )
     begun = time.perf_counter()
     with jax.set_mesh(one):
-        lowered = sample._segment.lower(*arguments, layout, window if context.rule.repetition is not None else 0)
+        # What a step does not use is in memory all the same.
+        step = jax.jit(sample.segment, static_argnames=("layout", "window"), donate_argnames="cache", keep_unused=True)
+        lowered = step.lower(*arguments, layout, window if context.rule.repetition is not None else 0)
     compiled, problem = _compile(lowered)
     held = _bytes(model), _bytes(cache)
     rows = len(state.heard) * len(variants(rule))
@@ -234,13 +236,14 @@ def describe(plan: Plan, job: Schedule | None = None) -> list[str]:
         f"train step of {plan.songs} songs" if plan.program == "train" else f"decode step of {plan.songs} songs a chip"
     )
     lines = [
-        f"{plan.topology}: {plan.chips} chip(s), {mesh}; {what} of {plan.positions} positions, {plan.dtype}, "
-        f"remat {plan.remat}; compiled in {plan.compile_seconds:.0f} s",
+        f"{plan.topology}: {plan.chips} chip(s), {mesh}; {what} of {plan.positions} positions, {plan.dtype}"
+        f"{f', remat {plan.remat}' if plan.program == 'train' else ''}; compiled in {plan.compile_seconds:.0f} s",
         f"parameters    {plan.parameters / 1e6:.1f} M",
     ]
     if plan.memory is None:
         return [*lines, f"memory        does not fit: {plan.problem}"]
-    parts = ", ".join(f"{name} {_size(value)}" for name, value in zip(Memory._fields, plan.memory))
+    names = Memory._fields if plan.program == "train" else ("parameters", "cache", "prompt", *Memory._fields[3:])
+    parts = ", ".join(f"{name} {_size(value)}" for name, value in zip(names, plan.memory))
     room = "" if plan.limit is None else f" of {_size(plan.limit)}"
     lines.append(f"memory        a chip: {parts}{room}")
     for t in plan.traffic:

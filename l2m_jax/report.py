@@ -23,11 +23,12 @@ MISSING = "-"
 
 
 class Table(NamedTuple):
-    """A title, a row of headings, and rows of cells."""
+    """A title, a row of headings, rows of cells, and how it was measured."""
 
     title: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
+    protocol: str = ""
 
 
 def write_report(out: Path, figures: dict[str, Any], console: Console | None = None) -> None:
@@ -41,7 +42,7 @@ def write_report(out: Path, figures: dict[str, Any], console: Console | None = N
     plots = _draw(out, figures)
     text = [f"# {figures['run']}, step {figures['step']}", f"{figures['songs']} songs of {figures['data']}."]
     text += [f"**Warning**: {warning}." for warning in figures["warnings"]]
-    text += [part for table in tables for part in (f"## {table.title}", _markdown(table))]
+    text += [part for table in tables for part in (f"## {table.title}", _markdown(table), table.protocol) if part]
     text += [f"![{name}]({name})" for name in plots]
     write_atomic(out / "evaluation.md", ("\n\n".join(text) + "\n").encode())
     for table in tables:
@@ -52,6 +53,8 @@ def write_report(out: Path, figures: dict[str, Any], console: Console | None = N
         for row in table.rows:
             shown.add_row(*map(Text, row))
         Console(file=console.file, width=max(console.width, 110)).print(shown)  # off a terminal rich takes 80
+        if table.protocol:
+            say(console, table.protocol)
     say(console, f"written in {out}: {', '.join(['evaluation.json', 'evaluation.md', *plots])}")
 
 
@@ -76,7 +79,7 @@ def tabulate(figures: dict[str, Any]) -> list[Table]:
     if alignment := figures.get("alignment"):
         tables.append(_alignment(alignment))
     if generation := figures.get("generation"):
-        tables += _generation(generation)
+        tables.append(_generation(generation, figures["settings"]["sampling"]))
     return tables
 
 
@@ -121,13 +124,18 @@ def _alignment(found: dict[str, Any]) -> Table:
     heads += f", blank {found['blank']}"
     rows = [
         row(f"held-out songs ({found['songs']})", found["attention"]),
-        row(f"the songs of the choice ({chosen['songs']})", chosen["errors"]),
+        *([row(f"the songs of the choice ({chosen['songs']})", chosen["errors"])] if chosen["errors"] else []),
         row("words evenly spread", found["evenly_spread_words"]),
     ]
-    return Table(f"Word starts by attention: {heads}, chosen on {chosen['data']}", head, rows)
+    cut = (
+        f"{found['songs_cut']} songs are longer than the window: words after it do not count."
+        if found["songs_cut"]
+        else ""
+    )
+    return Table(f"Word starts by attention: {heads}, chosen on {chosen['data']}", head, rows, cut)
 
 
-def _generation(found: dict[str, Any]) -> list[Table]:
+def _generation(found: dict[str, Any], sampling: dict[str, Any]) -> Table:
     rows = []
 
     def add(name: str, *path: str) -> None:
@@ -160,7 +168,13 @@ def _generation(found: dict[str, Any]) -> list[Table]:
     reference = f"{found['reference']['data']} ({found['reference']['songs']})"
     failed = f", {found['failed']} more could not be sung" if found["failed"] else ""
     title = f"{found['songs']} songs sung from held-out lyrics{failed}; genre and distance against {reference}"
-    return [Table(title, ("", "generated [95 %]", "the codec's ceiling [95 %]"), rows)]
+    protocol = [f"Sampling: {', '.join(f'{name} {value}' for name, value in sampling.items())}."]
+    protocol.append(f"Fréchet distance: {found['generated']['frechet']['embedding']}.")
+    if words := found["generated"].get("words"):
+        protocol.append(f"Words: {', '.join(f'{name} {value}' for name, value in words['protocol'].items())}.")
+    if longer := found["longer_than_the_window"]:
+        protocol.append(f"{longer} true songs are longer than the window: the ceiling is of their first part.")
+    return Table(title, ("", "generated [95 %]", "the codec's ceiling [95 %]"), rows, " ".join(protocol))
 
 
 def _number(value: Any, interval: bool = True) -> str:

@@ -139,12 +139,14 @@ def step_work(model: Any, config: Config, mesh: Mapping[str, int]) -> Work:
         traffic += passes * COMPUTE * p.layers * p.rows * (p.inputs + p.outputs) * local / (tensor * context)
 
     weights = sum(p.weights for p in all_products)
+    split = tensor if (config.model.key_heads or config.model.heads) % tensor == 0 else 1
     array = COMPUTE * config.model.layers * layout.positions * local  # a number for each position, all layers
-    sent = config.train.accumulate * (fsdp - 1) / fsdp * COMPUTE * weights / tensor * (2 + again)
+    sent = config.train.accumulate * (fsdp - 1) / fsdp * COMPUTE * weights / tensor * 2  # forwards and backwards
     sent += config.train.accumulate * (fsdp - 1) / fsdp * 4 * weights / tensor
-    sent += 2 * (data - 1) / data * 4 * parameters / (fsdp * tensor)
+    copies = data * context
+    sent += 2 * (copies - 1) / copies * 4 * parameters / (fsdp * tensor)
     sent += 2 * (tensor - 1) / tensor * 3 * array * config.model.width / context * (2 + again)  # three sums a layer
-    sent += (context - 1) / context * 2 * array * config.model.key_width * (2 + again)  # keys and values
+    sent += (context - 1) / context * 2 * array * config.model.key_width / split * (2 + again)  # keys and values
     return Work(3 * songs * forward, songs * busiest / chips, traffic, sent)
 
 

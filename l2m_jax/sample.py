@@ -61,8 +61,7 @@ class Song(NamedTuple):
 Cache = list[Pages]  # a layer each
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "window"), donate_argnames=("cache",))
-def _segment(
+def segment(
     model: SoundTransformer,
     context: Context,
     state: SampleState,
@@ -109,6 +108,9 @@ def _segment(
         return after, kept
 
     return jax.lax.while_loop(unfinished, step, (state, cache))
+
+
+_segment = jax.jit(segment, static_argnames=("layout", "window"), donate_argnames="cache")
 
 
 @functools.partial(jax.jit, static_argnames=("songs", "layout"))

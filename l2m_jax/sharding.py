@@ -12,10 +12,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from l2m_jax.config import MeshConfig, UserError
+from l2m_jax.config import MeshConfig, ModelConfig, UserError
+from l2m_jax.tokens import make_layout
 
 AXES = ("data", "fsdp", "tensor", "context")
 P = PartitionSpec
@@ -57,7 +59,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if min(sizes) < 1 or int(np.prod(sizes)) != len(devices):
         asked = ", ".join(f"mesh.{a} {s}" for a, s in zip(AXES, sizes))
         raise UserError(f"{asked}: the product must be the number of devices, {len(devices)} (one axis may be -1)")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    try:  # not jax.make_mesh: of all TPUs but v5e it refuses to split an axis of the torus
+        placed = mesh_utils.create_device_mesh(sizes, list(devices), allow_split_physical_axes=True)
+    except NotImplementedError as error:
+        asked = ", ".join(f"mesh.{a} {s}" for a, s in zip(AXES, sizes))
+        raise UserError(f"{asked}: these devices cannot be laid out so ({error})") from error
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -119,14 +126,16 @@ def position_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(SONGS, "context"))
 
 
-def check_divides(mesh: Mesh, songs: int, heads: int, width: int, positions: int, key_heads: int = 0) -> None:
+def check_divides(mesh: Mesh, songs: int, config: ModelConfig) -> None:
     """Raises UserError where a dimension does not divide over its axis. `songs` are those of one micro-batch."""
-    size = dict(mesh.shape)
+    size, layout = dict(mesh.shape), make_layout(config)
+    heads, width, key_heads = config.heads, config.width, config.key_heads
     for what, number, axis, parts in (
         ("train.batch / train.accumulate", songs, "data x mesh.fsdp", size["data"] * size["fsdp"]),
         ("model.heads", heads, "tensor", size["tensor"]),
         ("model.width", width, "fsdp", size["fsdp"]),
-        ("positions of the window", positions, "context", size["context"]),
+        ("the number of ids of the output", layout.streams * layout.id_space, "tensor", size["tensor"]),
+        ("positions of the window", layout.positions, "context", size["context"]),
     ):
         if number % parts:
             raise UserError(f"{what} is {number}, which does not divide over mesh.{axis} = {parts}")

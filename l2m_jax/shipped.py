@@ -1,4 +1,4 @@
-"""A trained model to pass on: weights in float16, what it was trained with, a card. After `checkpoint`, before `song`.
+"""A trained model to pass on: weights in float16, what it was trained with, a card. After `lrc`.
 
     FOLDER/config.json          as in the run
            model.safetensors    parameters in float16 by their paths (layers/up/kernel), and `step`
@@ -20,6 +20,7 @@ from safetensors.numpy import save
 from l2m_jax.audio import write_atomic
 from l2m_jax.checkpoint import WEIGHTS, RunInfo, load_model, write_run
 from l2m_jax.config import UserError
+from l2m_jax.lrc import read_reading
 from l2m_jax.sharding import path_name
 
 CARD = """---
@@ -69,7 +70,8 @@ def export(run: Path, out: Path, step: int | None = None, licence: str = "unknow
             raise UserError(f"{run}: {path_name(path)} has values beyond float16 (65,504): it cannot be exported")
     content = save(tensors, metadata={"format": "l2m_jax"})
     write_run(out, info)
-    if (run / "alignment.json").is_file():
+    kept = read_reading(run)
+    if kept is not None and kept.step == step:
         shutil.copyfile(run / "alignment.json", out / "alignment.json")
     parameters = sum(x.size for x in tensors.values()) - 1
     write_atomic(out / "README.md", _card(run, out.name, info, step, parameters, len(content), licence).encode())

@@ -68,6 +68,8 @@ class Singer:
     layout: Layout
     codec: Codec
     encoder: TextEncoder
+    fingerprint: str
+    """Of the model's weights: a folder and a step may come to hold others."""
 
     @property
     def longest(self) -> float:
@@ -114,8 +116,9 @@ def load(run: str | Path | None = None, step: int | None = None, codec: str = ""
     loaded = load_codec(encoders.codec, encoders.codebooks), encoders.load_text_encoder()
     if apart := made.differences(signature(encoders, *loaded)):
         raise UserError(f"{run} was trained with another origin of codes or states ({'; '.join(apart)})")
+    fingerprint = hashlib.sha256(np.asarray(model.head.kernel[...]).tobytes()).hexdigest()[:16]
     # The loop wants the layers apart; made so once, their weights are in memory once.
-    return Singer(run, step, info, model.unstacked(), make_layout(info.config.model), *loaded)
+    return Singer(run, step, info, model.unstacked(), make_layout(info.config.model), *loaded, fingerprint)
 
 
 def make_prompt(singer: Singer, lyrics: str, genre: str) -> tuple[Prompt, list[str]]:
@@ -293,6 +296,7 @@ def _song(
         "nats_per_code": -song.logprob / max(drawn, 1),
         "warnings": task.warnings,
         "run": str(singer.run),
+        "model": singer.fingerprint,
         "step": singer.step,
         "made_with": singer.info.made_with._asdict(),
         "codes_sha256": hashlib.sha256(song.codes.astype("<i4").tobytes()).hexdigest(),

@@ -137,7 +137,7 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     """
     layout = make_layout(config.model)
     micro = config.train.batch // config.train.accumulate
-    check_divides(mesh, micro, config.model.heads, config.model.width, layout.positions, config.model.key_heads)
+    check_divides(mesh, micro, config.model)
 
     def init() -> TrainState:
         model: Any = SoundTransformer(config.model, rngs=nnx.Rngs(config.train.seed))

@@ -15,7 +15,7 @@ from l2m_jax.roofline import STATE, roofline, step_work
 from l2m_jax.sharding import AXES, check_divides, make_mesh
 from l2m_jax.tokens import make_layout
 
-KEPT = {"layer": 1, "attention": 2, "none": 24}  # arrays T x D that a layer keeps for its backward pass, about
+KEPT = {"layer": 1, "attention": 3, "none": 24}  # arrays T x D that a layer keeps for its backward pass, about
 SONGS = (1, 2, 4, 8)  # songs of each part of the mesh that has songs of its own
 
 
@@ -32,20 +32,24 @@ def candidates(config: Config, topology: Topology, batch: int | None) -> list[Ca
     assert topology.chip is not None
     config = for_chips(config, topology)
     model, found = model_shapes(config), []
-    heads, positions = config.model.heads, make_layout(config.model).positions
+    links = topology.links
     for mesh in meshes(len(topology.devices)):
-        made, groups = make_mesh(mesh, topology.devices), mesh.data * mesh.fsdp
+        try:
+            made, groups = make_mesh(mesh, topology.devices), mesh.data * mesh.fsdp
+        except UserError:
+            continue
         for songs in [batch] if batch else [n * groups for n in SONGS]:
             for remat in KEPT:
                 # One pass: more songs at a time are what `batch` tries, and micro-batches gather anew.
                 train = dataclasses.replace(config.train, batch=songs, accumulate=1, remat=remat)
                 one = dataclasses.replace(config, train=train, mesh=mesh)
                 try:
-                    check_divides(made, songs, heads, config.model.width, positions, config.model.key_heads)
+                    check_divides(made, songs, config.model)
                 except UserError:
                     continue
-                seconds = roofline(step_work(model, one, made.shape), topology.chip).seconds / songs
-                found.append(Candidate(one, seconds, about(model, one)))
+                work = step_work(model, one, made.shape)
+                bounds = roofline(work, topology.chip, work.sent / links if links else 0.0)
+                found.append(Candidate(one, bounds.seconds / songs, about(model, one)))
     if not found:
         raise UserError(f"--suggest: no mesh of {len(topology.devices)} chips divides this model and batch")
     return sorted(found, key=lambda c: (c.seconds, c.bytes))
@@ -64,6 +68,11 @@ def suggest(config: Config, topology: Topology, batch: int | None, best: int = 3
             plans.append(plan)
         if len(plans) == best:
             break
+    if not plans:
+        raise UserError(
+            f"--suggest: nothing that was tried fits the chips of {topology.name}: "
+            "fewer songs (--batch), more chips, or a smaller model"
+        )
     return sorted(plans, key=lambda p: p.roofline.seconds / p.songs)  # pyright: ignore[reportOptionalMemberAccess]
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from l2m_jax.bootstrap import estimate
+from l2m_jax.bootstrap import estimate, share
 from l2m_jax.notes import Note, note_accuracy, track_notes
 from l2m_jax.solfege import SYLLABLES, words_of
 
@@ -42,10 +42,11 @@ def listen(samples: Float[np.ndarray, " T"], rate: int, lyrics: str) -> Sung:
 
 
 def score(songs: Sequence[Sung]) -> dict[str, Any]:
-    """Note accuracy, shares of songs with the right number of notes and without a mistake; intervals over songs."""
+    """Share of notes that are right, of songs with the right number of notes and without a mistake; with intervals."""
+    asked = np.array([len(song.asked) for song in songs], float)
     return {
         "songs": len(songs),
-        "note_accuracy": estimate(np.array([song.accuracy for song in songs])),
-        "right_number_of_notes": estimate(np.array([float(len(s.notes) == len(s.asked)) for s in songs])),
-        "songs_without_a_mistake": estimate(np.array([float(song.names == song.asked) for song in songs])),
+        "note_accuracy": estimate(np.array([song.accuracy for song in songs]) * asked, asked),
+        "right_number_of_notes": share([len(song.notes) == len(song.asked) for song in songs]),
+        "songs_without_a_mistake": share([song.names == song.asked for song in songs]),
     }

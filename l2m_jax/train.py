@@ -56,7 +56,7 @@ def train(
     `enough` is asked after each checkpoint, with the model and the steps done, whether the training may end before.
     SIGTERM and Ctrl-C, to any process, save a checkpoint and return False. `codec` turns sample songs into sound
     (train.sample_every). UserError where the dataset does not fit the model, or the run was begun with another config
-    or dataset. With more than one process an error of one ends them all: see `hosts.together`.
+    or songs of other encoders; other songs of the same are told. With more than one process an error of one ends them all: see `hosts.together`.
     """
     with together():
         return _train(config, dataset, run, codec, valid, console or Console(), songs_per_valid, enough)
@@ -160,15 +160,15 @@ def begin(run: Path, info: RunInfo, songs: int, console: Console) -> None:
         prepare_run(run, info, console)
         if jax.process_count() > 1:
             write_atomic(run / ".seen", token := uuid.uuid4().bytes)
-            return json.dumps([token.hex(), to_json(info.config), info.made_with, songs])
+            return json.dumps([token.hex(), to_json(info.config), info.made_with, songs, info.songs])
         return ""
 
     decided = decide("run", made)
     if not lead():
-        token, config, made_with, their_songs = json.loads(decided)
+        token, config, made_with, their_songs, fingerprint = json.loads(decided)
         if apart := differences(from_json(Config, config, "process 0"), info.config):
             raise UserError(f"this process was asked for another training than process 0: {'; '.join(apart)}")
-        if (list(info.made_with), songs) != (made_with, their_songs):
+        if (list(info.made_with), info.songs) != (made_with, fingerprint):
             raise UserError(
                 f"this process was given {songs} songs, process 0 {their_songs}, or others: give all the same"
             )
@@ -234,17 +234,17 @@ def _sample(
     codec: Codec,
 ) -> None:
     """The first song's prompt, sung at this step: RUN/samples/step.wav and TensorBoard. Process 0 sings alone."""
-    mesh: Any = contextlib.nullcontext()
+    mine: Any = None
     if jax.process_count() > 1:
         model = multihost_utils.process_allgather(model, tiled=True)
         if not lead():
             return
         mine = jax.local_devices()[:1]
-        model, mesh = jax.device_put(model, mine[0]), jax.set_mesh(make_mesh(MeshConfig(data=1), mine))
+        model = jax.device_put(model, mine[0])
     example = make_example(dataset[0], layout, config.model.memory)
     prompt = Prompt(*(np.asarray(x)[None] for x in example[2:]))
     frames = min(round(config.train.sample_seconds * codec.frame_rate), layout.frames)
-    with mesh:
+    with jax.set_mesh(make_mesh(MeshConfig(data=1), mine)) if mine else contextlib.nullcontext():
         song = sample_codes(model, layout, prompt, SampleConfig(), [config.train.seed], max(frames, 1))[0]
         samples = decode(codec, song.codes)
     if samples.size:

@@ -9,7 +9,7 @@ weights) and compilation are timed apart, their memory is part of the peak. Prin
     codes_per_s                   codes of the song over the median step
     speed_ratio                   that over the yardstick's, both at the full length
     memory_ratio                  peak of resident memory over the yardstick's
-    memory_growth_4500_to_18000   peak at 18,000 codes over that at 4,500; linear growth would be 4
+    memory_growth_4500_to_18000   peak at 18,000 codes over that at 4,500; the windows have 18,432 and 5,120 positions
     step_s_N, peak_mib_N          a step, and the peak, at N codes
 """
 

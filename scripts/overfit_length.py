@@ -118,7 +118,9 @@ def learn(job: Lengths, seconds: float, console: Console) -> dict[str, float] | 
     if not (step and enough(load_model(run, step)[0], step)):
         if not train(config, dataset, run, None, console=console, enough=enough):
             return None
-        step = max(shares, default=job.steps)
+        if not any(share >= job.share for share in shares.values()):
+            raise SystemExit(f"{seconds:g} s: not learnt in {job.steps} steps; give it more --steps")
+        step = max(shares)
     lines = log_of(run)
     return {
         "seconds": seconds,

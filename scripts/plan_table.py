@@ -15,7 +15,7 @@ from pathlib import Path
 from l2m_jax.audio import write_atomic
 
 BEGIN, END = "<!-- table -->\n", "<!-- end of the table -->\n"
-ROWS = [  # preset, slice, songs a step; the mesh is the preset's
+ROWS = [  # preset, slice, songs a step; parameters are split over all chips
     *(("small", slices, chips) for slices, chips in (("v5e:2x2", 4), ("v5p:2x2x1", 4), ("v6e:2x2", 4))),
     *(("base", slices, chips) for slices, chips in (("v5e:4x4", 16), ("v5p:2x2x2", 8), ("v6e:2x4", 8))),
     *(("large", slices, chips) for slices, chips in (("v5e:8x8", 64), ("v5p:4x4x4", 64), ("v6e:8x8", 64))),

@@ -3,6 +3,7 @@
 # Every step can be stopped and started again: it goes on where it was.
 #   bash scripts/solfege_benchmark.sh OUT [delay|flatten]
 # Sizes, for a trial: SONGS of training, HELD_OUT songs each of validation and test; further flags in TRAIN and EVALUATE.
+# The model that comes with the package is OUT/delay/model of the script as it stands here.
 set -euo pipefail
 out=${1:?"usage: solfege_benchmark.sh OUT [delay|flatten]"}
 layout=${2:-delay}
@@ -12,7 +13,7 @@ read -ra evaluate <<<"${EVALUATE:-}"
 
 step() { printf '\n\033[1m== %s\033[0m\n' "$1"; }
 
-step "1/4  Songs of 8 to 16 notes, in lines, with choruses, rests and a free tempo, in four genres -> $out/songs"
+step "1/5  Songs of 8 to 16 notes, in lines, with choruses, rests and a free tempo, in four genres -> $out/songs"
 # It also learns from shorter songs and from songs without tags: whoever asks for three notes shall get three.
 kind=(--notes 8 16 --sections 1)
 l2m solfege "$out/songs/train" --songs "${SONGS:-5000}" --seed 100 --notes 3 16 --sections 0.7
@@ -20,13 +21,16 @@ l2m solfege "$out/songs/valid" --songs "${HELD_OUT:-128}" --seed 101 "${kind[@]}
 l2m solfege "$out/songs/test" --songs "${HELD_OUT:-128}" --seed 102 "${kind[@]}" \
   --exclude "$out/songs/train" "$out/songs/valid"
 
-step "2/4  Prepare -> $out/data"
+step "2/5  Prepare -> $out/data"
 for set in train valid test; do l2m prepare "$out/songs/$set" "$out/data/$set" --workers 2; done
 
-step "3/4  Train (configs/benchmark.py, $layout) -> $run"
+step "3/5  Train (configs/benchmark.py, $layout) -> $run"
 l2m train --config benchmark --model.layout "$layout" --data "$out/data/train" --valid "$out/data/valid" \
   --run "$run" "${train[@]}"
 l2m align "$run" --choose "$out/data/valid"
 
-step "4/4  Evaluate on the test songs, whose lyrics no other song has -> $run/evaluation"
-l2m evaluate "$run" --data "$out/data/test" --valid "$out/data/valid" --reference "$out/data/train" "${evaluate[@]}"
+step "4/5  Evaluate on the test songs, whose lyrics no other song has -> $run/evaluation"
+l2m evaluate "$run" --data "$out/data/test" --reference "$out/data/train" --songs "${HELD_OUT:-128}" "${evaluate[@]}"
+
+step "5/5  A model to pass on -> $run/model"
+test -e "$run/model" || l2m export "$run" "$run/model" --licence apache-2.0

@@ -137,11 +137,23 @@ def test_word_times():
     assert word_times(maps, np.full(8, -1, np.int32), 10.0, 0.3).shape == (0, 2)
 
 
+def test_a_song_that_is_cut_may_end_at_any_word():
+    maps = as_map(diagonal([3, 7, 15], 25))[None]
+    times = word_times(maps[:, :13], WORDS, 10.0, 0.3, cut=True)
+    np.testing.assert_allclose(times, [[0.3, 0.7], [0.7, 1.1], [1.3, 1.3]], atol=1e-6)
+    np.testing.assert_allclose(word_times(maps[:, :2], WORDS, 10.0, 0.3, cut=True), 0.2)  # none was reached
+    record = make_record(1)._replace(word_times=np.stack([np.arange(6)] * 3, axis=1) / 20.0)
+    song = teacher(record, CONFIG.model.memory, 10, 75.0)
+    assert song.cut and len(song.codes) == 10 and song.starts is not None
+    np.testing.assert_array_equal(song.starts, [0, 0.05, 0.1, np.nan, np.nan, np.nan])
+
+
 def test_errors():
     truth = np.array([1.0, 2.0, 3.0, 4.0])
     errors = alignment_errors(truth + np.array([0.02, -0.08, 0.2, 1.0]), truth)
     assert errors._asdict() == pytest.approx(Errors(4, 140.0, 325.0, 0.5, 0.75)._asdict())
     assert alignment_errors(truth[:0], truth[:0]).words == 0
+    assert alignment_errors(truth, np.array([1.0, np.nan, 3.1, np.nan])).words == 2
 
 
 def test_diagonality():
@@ -196,7 +208,7 @@ def test_a_record_is_aligned_whole():
     """From a record to times that go forward within the song."""
     record = make_record(1)._replace(word_times=np.stack([np.arange(6)] * 3, axis=1) / 20.0)
     model, layout = SoundTransformer(CONFIG.model, rngs=nnx.Rngs(0)), make_layout(CONFIG.model)
-    song = teacher(record, CONFIG.model.memory)
+    song = teacher(record, CONFIG.model.memory, 40, 75.0)
     assert song.words.tolist() == [-1] * 4 + [0, 1, 2, 3, 4, 5, -1, -1] and song.starts is not None
     times = align_song(model, layout, song, Reading(((0, 0), (1, 1))), 75.0)
     assert times.shape == (6, 2) and (np.diff(times[:, 0]) > 0).all() and 0 <= times.min() <= times.max() <= 30 / 75

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from l2m_jax.bootstrap import estimate
+from l2m_jax.bootstrap import estimate, share
 
 RNG = np.random.default_rng(0)
 
@@ -41,3 +41,12 @@ def test_songs_without_a_figure_are_none():
     assert estimate(parts[1:2]) is None and estimate(np.zeros(0)) is None
     assert estimate(np.array([2.0])) == (2.0, None, None, 1)
     assert estimate(np.full(5, 0.0)) == (0.0, 0.0, 0.0, 5)
+
+
+def test_a_share_of_all_is_not_certain():
+    """Against the values of Wilson's formula as statsmodels has it (proportion_confint, method="wilson")."""
+    found = share([True] * 64)
+    assert found and found.value == 1 and found.low == pytest.approx(0.943376, abs=1e-5) and found.high == 1
+    found = share([True] * 8 + [False] * 2)
+    assert found and (found.low, found.high) == pytest.approx((0.490162, 0.943318), abs=1e-4) and found.songs == 10
+    assert share([]) is None and share([False]).low == 0

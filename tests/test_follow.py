@@ -30,7 +30,7 @@ def test_the_best_head_of_all(trained, tmp_path):
     with jax.set_mesh(mesh):
         watch = make_follow(Dataset(folder), LAYOUT, CONFIG.model.memory, mesh)
         figure, looks = watch(model)
-    song = teacher(make_record(1, frames=50), CONFIG.model.memory)
+    song = teacher(make_record(1, frames=50), CONFIG.model.memory, 50, 75.0)
     maps = attention_maps(model, LAYOUT, song.codes[: LAYOUT.frames], song.prompt)[..., song.words >= 0]
     each = np.asarray(diagonality(maps))
     assert figure == pytest.approx(each.max(), abs=1e-3)

@@ -16,6 +16,7 @@ from l2m_jax.likelihood import (
     GAINS,
     STRETCH,
     Text,
+    _song_bits,
     choose_donors,
     measure,
     nats_of_targets,
@@ -61,7 +62,7 @@ def test_nats_are_what_training_sums(songs, layout):
 def test_songs_are_measured_in_any_window_as_in_the_whole_one(songs, layout):
     """Song 0 has 20 frames, half a window of 40, song 6 has 44, of which END and 4 frames lie outside."""
     model, layout = a_model(layout)
-    found = measure(model, layout, songs, [0, 6], batch=1)
+    found = measure(model, layout, songs, [0, 6], 75.0, batch=1)
     for bits, i in zip(found, (0, 6)):
         batch = Example(*(x[None] for x in make_example(songs[i], layout, 10)))
         totals = losses(model, batch, jnp.ones((1, 2), bool), layout, 64, CONFIG.train.remat)
@@ -77,7 +78,7 @@ def test_each_codebook_and_stretch_has_its_own_bits(songs, monkeypatch):
     model = jax.tree.map(jnp.zeros_like, model)
     monkeypatch.setattr("l2m_jax.likelihood.STRETCH", 0.1)
     known = np.log2(layout.pad + 1)
-    figures = summarise(measure(model, layout, songs, range(8), batch=3))
+    figures = summarise(measure(model, layout, songs, range(8), 75.0, batch=3))
     for per_code in figures["bits_per_code"].values():
         assert per_code["all_codebooks"].value == pytest.approx(known, rel=1e-6)
         assert [book.value for book in per_code["each_codebook"]] == pytest.approx([known, known], rel=1e-6)
@@ -89,11 +90,22 @@ def test_each_codebook_and_stretch_has_its_own_bits(songs, monkeypatch):
     assert figures["codes"] == 2 * sum(min(20 + 4 * i, 40) for i in range(8))
 
 
+def test_the_frame_in_which_a_word_begins_is_its_own(songs):
+    """And the one in which it ends belongs to what follows; a word that ends at the end of the sound is all there."""
+    rng, layout = np.random.default_rng(0), make_layout(dataclasses.replace(CONFIG.model, layout="flatten"))
+    bits = rng.random((7, layout.positions, 1))
+    times = np.array([[0.1399, 0.2, np.nan], [0.2, 20 / 75 + 1e-3, np.nan]], np.float32)  # frames 10.5 to 15 to 20
+    found = _song_bits(songs[0]._replace(word_times=times), layout, 75.0, bits)
+    frames = np.stack([layout.by_frame(condition, 20) for condition in bits]).sum(2)
+    np.testing.assert_allclose(found.words, frames[:, 10:20].sum(1))
+    assert found.sung == 2
+
+
 def test_a_model_that_does_not_look_gains_exactly_nothing(songs):
     model, layout = a_model()
     out = model.layers.cross_attention.out
     out.kernel[...], out.bias[...] = jnp.zeros_like(out.kernel[...]), jnp.zeros_like(out.bias[...])
-    figures = summarise(measure(model, layout, songs, range(8)))
+    figures = summarise(measure(model, layout, songs, range(8), 75.0))
     for name in GAINS:
         assert figures["gain_per_code"][name]["all_codebooks"][:3] == (0, 0, 0)
         assert figures["gain_per_sung_word"][name][:3] == (0, None, None)
@@ -101,16 +113,16 @@ def test_a_model_that_does_not_look_gains_exactly_nothing(songs):
 
 def test_the_order_of_songs_changes_nothing(songs):
     model, layout = a_model()
-    assert summarise(measure(model, layout, songs, range(8))) == summarise(
-        measure(model, layout, songs, [3, 1, 7, 0, 2, 6, 5, 4])
+    assert summarise(measure(model, layout, songs, range(8), 75.0)) == summarise(
+        measure(model, layout, songs, [3, 1, 7, 0, 2, 6, 5, 4], 75.0)
     )
 
 
 def test_conditions_that_a_song_does_not_have_are_not_counted(songs):
-    figures = summarise(measure(*a_model(), songs, range(8)))["bits_per_code"]
+    figures = summarise(measure(*a_model(), songs, range(8), 75.0))["bits_per_code"]
     counts = {name: per_code["all_codebooks"].songs for name, per_code in figures.items()}
     assert counts == dict(zip(CONDITIONS, (8, 8, 8, 7, 7, 8)))
-    alone = summarise(measure(*a_model(), songs, [0]))
+    alone = summarise(measure(*a_model(), songs, [0], 75.0))
     assert alone["bits_per_code"]["shuffled_lyrics"]["all_codebooks"] is None
     assert alone["gain_per_code"]["genre_against_other"]["all_codebooks"] is None
     assert alone["gain_per_code"]["lyrics_against_none"]["all_codebooks"].low is None
@@ -140,7 +152,7 @@ def test_what_lyrics_are_worth_is_found(tmp_path):
     )
     assert train(config, dataset, tmp_path / "run", None)
     model, info, _ = load_model(tmp_path / "run")
-    figures = summarise(measure(model, make_layout(info.config.model), dataset, range(32)))
+    figures = summarise(measure(model, make_layout(info.config.model), dataset, range(32), 75.0))
     code, word = figures["gain_per_code"]["lyrics_against_none"], figures["gain_per_sung_word"]["lyrics_against_none"]
     print(f"gain {code['all_codebooks'].value:.3f} bits; known: 2, tolerance 0.2")
     assert code["all_codebooks"].value == pytest.approx(2, abs=0.2) and word == code["all_codebooks"]

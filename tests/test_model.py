@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 from l2m_jax import attention as attention_module
+from l2m_jax import model as model_module
 from l2m_jax.cli import PRESETS
 from l2m_jax.config import Config, ModelConfig
 from l2m_jax.data import Example
@@ -241,7 +242,9 @@ def test_remat_changes_nothing(monkeypatch):
         return jax.value_and_grad(loss)(model)
 
     monkeypatch.setattr(attention_module, "SMALL", 0)  # the plain formula has nothing that could be kept
-    for remat in ("attention", "layer"):
+    for strip, remat in ((1024, "attention"), (1024, "layer"), (8, "attention"), (8, "layer")):  # of 24 positions
+        monkeypatch.setattr(model_module, "STRIP", strip)
+        jax.clear_caches()
         for a, b in zip(jax.tree.leaves(gradient(model, "none")), jax.tree.leaves(gradient(model, remat))):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 

@@ -14,13 +14,14 @@ from conftest import CONFIG
 from test_cli import l2m, preset  # noqa: F401 - a fixture
 
 from l2m_jax import plan as module
+from l2m_jax import suggest as suggest_module
 from l2m_jax.chips import CHIPS, Topology, open_topology
 from l2m_jax.commands.plan import parse_mesh
 from l2m_jax.config import Config, MeshConfig, SampleConfig, UserError
 from l2m_jax.plan import decode_plan, describe, schedule, train_plan
 from l2m_jax.roofline import Roofline
 from l2m_jax.sample import cache_size
-from l2m_jax.suggest import candidates
+from l2m_jax.suggest import candidates, suggest
 from l2m_jax.tokens import make_layout
 
 
@@ -62,6 +63,8 @@ def test_the_decode_loop_has_its_cache():
     rows = songs * 2  # guidance computes two variants
     numbers = rows * cache_size(layout.positions, layout) * CONFIG.model.key_width * 2 * CONFIG.model.layers
     assert one.memory.optimizer == 4 * numbers and one.memory.parameters == 4 * one.parameters
+    assert one.memory.inputs > 0  # what the step does not use is counted too
+    assert "cache" in describe(one)[2] and "remat" not in describe(one)[0]
 
 
 def test_a_program_that_does_not_fit_says_what_the_compiler_says():
@@ -90,6 +93,23 @@ def test_candidates_divide_and_are_ranked():
     assert [c.seconds for c in found] == sorted(c.seconds for c in found)
     assert {c.config.model.dtype for c in found} == {"bfloat16"}
     assert {c.config.train.batch for c in candidates(CONFIG, topology, batch=3)} == {3}
+
+
+def test_suggestions_are_the_quickest_that_fit(monkeypatch):
+    topology, tried = Topology("v5e:1x1", CHIPS["v5e"], (1, 1), jax.devices()[:1]), []
+    some = train_plan(CONFIG, open_topology("cpu:1"))
+
+    def planned(config, _):
+        tried.append(config)
+        return some._replace(songs=config.train.batch, roofline=None if len(tried) == 2 else Roofline(1.0, 1.0, 1.0))
+
+    monkeypatch.setattr(suggest_module, "train_plan", planned)
+    found = suggest(CONFIG, topology, None)
+    assert len(found) == 3 and len(tried) == 4  # the second did not fit
+    assert [plan.songs for plan in found] == sorted((plan.songs for plan in found), reverse=True)
+    small = Topology("v5e:1x1", CHIPS["v5e"]._replace(memory=1.0), (1, 1), jax.devices()[:1])
+    with pytest.raises(UserError, match="nothing that was tried fits the chips of v5e:1x1"):
+        suggest(CONFIG, small, None)
 
 
 @pytest.mark.parametrize("text, names", [("fsdp", "'fsdp' is not"), ("a=1", "'a=1'"), ("data=x", "data=x"), ("", "''")])

@@ -19,11 +19,12 @@ SOUND = {
     "ended_by_themselves": SOME,
     "notes": {"note_accuracy": SOME, "right_number_of_notes": None, "songs_without_a_mistake": SOME},
     "genre": GENRES,
-    "frechet": {"distance": None, "windows": 12},
+    "frechet": {"distance": None, "windows": 12, "embedding": "40 bands"},
     "words": None,
 }
 FIGURES = {
     "run": "run", "step": 7, "data": "held|out", "songs": 4, "warnings": ["held_out was trained on"],
+    "settings": {"sampling": {"temperature": 0.7}},
     "likelihood": {
         "songs": 4, "codes": 80, "sung_words": 9, "songs_cut": 1, "frames_outside_of_the_window": 5,
         "bits_per_code": dict.fromkeys(CONDITIONS, PER_CODE),
@@ -35,12 +36,13 @@ FIGURES = {
         },
     },
     "alignment": {
-        "songs": 3, "songs_left_out": 0, "heads": ((0, 1),), "blank": 0.4, "attention": ERRORS,
+        "songs": 3, "songs_cut": 1, "songs_without_times": 0, "heads": ((0, 1),), "blank": 0.4, "attention": ERRORS,
         "chosen_on": {"songs": 1, "data": "a fifth", "errors": ERRORS | {"within_100_ms": 0.5, "within_300_ms": 0.5}},
         "evenly_spread_words": ERRORS,
     },
     "generation": {
-        "songs": 4, "failed": 1, "solfege": True, "reference": {"data": "the true ones", "songs": 4},
+        "songs": 4, "failed": 1, "longer_than_the_window": 2, "solfege": True,
+        "reference": {"data": "the true ones", "songs": 4},
         "generated": SOUND | {"attention_against_note_starts": None},
         "ceiling": SOUND | {"ended_by_themselves": None}, "each_song": [],
     },
@@ -66,6 +68,8 @@ def test_all_of_it_is_written_and_printed(tmp_path):
     assert "| notes right | 25.0% [12.5%, 50.0%] | 25.0% [12.5%, 50.0%] |" in text
     assert "| ended by themselves | 25.0% [12.5%, 50.0%] | - |" in text and "right number" not in text
     assert "layer 0 head 1, blank 0.4, chosen on a fifth" in text and "![genres.png](genres.png)" in text
+    assert "1 songs are longer than the window: words" in text and "2 true songs are longer than the window" in text
+    assert "Sampling: temperature 0.7. Fréchet distance: 40 bands." in text and "temperature 0.7" in says.getvalue()
     assert "word error rate" not in text and "1 more could not be sung" in text
     assert "right number" not in says.getvalue() and "0.250 [0.125, 0.500]" in says.getvalue()  # not cut at 60
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 from l2m_jax import train as module
-from l2m_jax.checkpoint import RunInfo, load_model, prepare_run, read_run
+from l2m_jax.checkpoint import RunInfo, load_model, prepare_run, read_run, write_run
 from l2m_jax.config import Config, MeshConfig, UserError
 from l2m_jax.data import Dataset, Example, batches, make_example
 from l2m_jax.log import Log
@@ -328,6 +328,16 @@ def test_songs_of_another_origin_are_refused(begun):
     other = info._replace(made_with=MADE_WITH._replace(text_fingerprint="other"))
     with pytest.raises(UserError, match="prepared differently .text encoder: 7ext and other."):
         prepare_run(run, other, Console(quiet=True))
+
+
+def test_other_songs_are_told(begun):
+    run, info = begun
+    for songs, told in (("first", False), ("second", True)):  # of a run begun before songs were kept nothing is told
+        says = io.StringIO()
+        prepare_run(run, info._replace(songs=songs), Console(file=says, width=400))
+        assert ("other songs than before" in says.getvalue()) == told
+        write_run(run, info._replace(songs=songs))
+    assert read_run(run).songs == "second"
 
 
 def test_a_folder_of_something_else_is_not_touched(tmp_path, prepared):

@@ -51,6 +51,8 @@ class Align:
             raise UserError(f"--songs is {self.songs}; allowed: 1 and above")
         if self.out is not None and self.out.suffix.lower() != ".lrc":
             raise UserError(f"{self.out}: the output must end in .lrc")
+        import numpy as np
+
         from l2m_jax.align import alignment_errors
         from l2m_jax.data import Dataset
         from l2m_jax.lrc import choose_reading, describe_errors, labels, read_source, time_words, write_lrc
@@ -73,7 +75,7 @@ class Align:
             draw_file(source.sound, source.lyrics, labels(source.lyrics, times), out.with_suffix(".png"))
         for warning in warnings:
             print(f"warning: {warning}")
-        print(f"{out}: {len(times)} words")
-        if source.starts is not None:
-            print(f"against words.csv: {describe_errors(alignment_errors(times[:, 0], source.starts))}")
+        print(f"{out}: {np.isfinite(times[:, 0]).sum()} words")
+        if source.starts is not None and (errors := alignment_errors(times[:, 0], source.starts)).words:
+            print(f"against words.csv: {describe_errors(errors)}")
         return 0

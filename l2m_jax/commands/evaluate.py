@@ -27,7 +27,8 @@ class Evaluate:
     out: Path | None = None
     """Folder for all that is written; RUN/evaluation by default."""
     valid: Path | None = None
-    """Prepared dataset on whose word times attention heads are chosen; by default a fifth of the held-out songs."""
+    """Prepared dataset on whose word times attention heads are chosen; by default those of l2m align --choose stand,
+    or a fifth of the held-out songs chooses."""
     reference: Path | None = None
     """What genres and Fréchet distances are measured against: a prepared dataset (its codec's reconstructions) or a
     folder of songs (their sound). By default the held-out songs, each without itself."""
@@ -51,5 +52,6 @@ class Evaluate:
         out = self.out or self.run_folder / "evaluation"
         recogniser = load_recogniser(self.asr) if self.asr else None
         held_out = open_held_out(self.run_folder, self.data, self.step, self.codec, self.text_encoder)
-        write_report(out, evaluate(held_out, out, self.settings, self.valid, self.reference, recogniser))
-        return 0
+        figures = evaluate(held_out, out, self.settings, self.valid, self.reference, recogniser)
+        write_report(out, figures)
+        return min(figures.get("generation", {}).get("failed", 0), 1)
