@@ -134,8 +134,8 @@ class TrainConfig:
     """Condition dropout, one draw a song: share of songs without lyrics, without genre, without both."""
     remat: Literal["none", "attention", "layer"] = "attention"
     """What the backward pass computes anew. layer: each layer, from its input; attention: the same, but the results of
-    attention are kept, most of the work of long songs (not those of cuDNN, on GPUs); none: nothing, fastest where memory
-    is plenty."""
+    attention are kept, most of the work of long songs (not those of cuDNN, on GPUs); none: nothing, fastest where
+    memory is plenty."""
     chunk: int = 1024
     """Positions of each `context` shard whose logits are in memory at a time."""
     log_every: int = 10

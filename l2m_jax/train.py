@@ -56,7 +56,8 @@ def train(
     `enough` is asked after each checkpoint, with the model and the steps done, whether the training may end before.
     SIGTERM and Ctrl-C, to any process, save a checkpoint and return False. `codec` turns sample songs into sound
     (train.sample_every). UserError where the dataset does not fit the model, or the run was begun with another config
-    or songs of other encoders; other songs of the same are told. With more than one process an error of one ends them all: see `hosts.together`.
+    or songs of other encoders; other songs of the same are told. With more than one process an error of one ends them
+    all: see `hosts.together`.
     """
     with together():
         return _train(config, dataset, run, codec, valid, console or Console(), songs_per_valid, enough)

@@ -16,7 +16,6 @@ from l2m_jax.config import UserError
 from l2m_jax.model import SoundTransformer
 from l2m_jax.shipped import export
 
-
 KEPT = '{"step": 8, "heads": [[0, 1]], "blank": 0.3}'
 
 
