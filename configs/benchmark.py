@@ -9,6 +9,14 @@ from l2m_jax.config import Config, ModelConfig, TrainConfig
 config = Config(
     model=ModelConfig(layout="delay", width=256, heads=4, layers=4, frames=575, memory=24, norm="pre"),
     train=TrainConfig(
-        batch=8, steps=2200, lr_max=1e-3, lr_min=5e-5, warmup=200, checkpoint_every=200, valid_every=100, remat="none"
+        batch=8,
+        windows=4,
+        steps=2200,
+        lr_max=1e-3,
+        lr_min=5e-5,
+        warmup=200,
+        checkpoint_every=200,
+        valid_every=100,
+        remat="none",
     ),
 )

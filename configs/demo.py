@@ -9,6 +9,14 @@ from l2m_jax.config import Config, ModelConfig, TrainConfig
 config = Config(
     model=ModelConfig(layout="delay", width=256, heads=4, layers=4, frames=191, memory=16, norm="deepnorm"),
     train=TrainConfig(
-        batch=16, steps=1000, lr_max=2e-3, lr_min=1e-4, warmup=100, checkpoint_every=250, valid_every=100, remat="none"
+        batch=16,
+        windows=4,
+        steps=1000,
+        lr_max=2e-3,
+        lr_min=1e-4,
+        warmup=100,
+        checkpoint_every=250,
+        valid_every=100,
+        remat="none",
     ),
 )

@@ -112,6 +112,9 @@ class TrainConfig:
     """Initial weights, order of songs, condition dropout."""
     batch: int = 8
     """Songs a step, over all devices."""
+    windows: int = 1
+    """Where songs are of many lengths: so many windows, each an equal part longer than the one before, the last
+    model.frames. Songs of like length stand together in a batch, in the smallest window that holds them."""
     accumulate: int = 1
     """Micro-batches a step: their gradients are averaged. Divides batch."""
     steps: int = 10_000
@@ -152,7 +155,17 @@ class TrainConfig:
     """Length of a sample song."""
 
     def __post_init__(self) -> None:
-        for name in ("batch", "accumulate", "steps", "log_every", "checkpoint_every", "keep", "chunk", "valid_every"):
+        for name in (
+            "batch",
+            "windows",
+            "accumulate",
+            "steps",
+            "log_every",
+            "checkpoint_every",
+            "keep",
+            "chunk",
+            "valid_every",
+        ):
             _at_least(f"train.{name}", getattr(self, name), 1)
         for name in ("warmup", "sample_every", "weight_decay", "lr_min"):
             _at_least(f"train.{name}", getattr(self, name), 0)

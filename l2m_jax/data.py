@@ -31,11 +31,12 @@ from jaxtyping import Float, Int
 from l2m_jax.audio import write_atomic
 from l2m_jax.config import ModelConfig, UserError
 from l2m_jax.lyrics import check_memory, normalise_genre
-from l2m_jax.tokens import AnyArray, Layout, make_layout
+from l2m_jax.tokens import AnyArray, Layout, make_layout, windows
 
 VERSION = "1.0.0"  # of the record; a dataset of another version is refused
 SHARD = 64  # songs of a file of the dataset; as many are in memory while it is written
 MOST_SHARDS = 1024  # files
+ALIKE = 16  # batches whose songs are sorted by length together
 
 
 class Record(NamedTuple):
@@ -304,17 +305,36 @@ def make_example(record: Record, layout: Layout, memory: int) -> Example:
 
 
 def batches(
-    dataset: Dataset, model: ModelConfig, seed: int, batch: int, steps: range, rows: Sequence[int] | None = None
+    dataset: Dataset,
+    model: ModelConfig,
+    seed: int,
+    batch: int,
+    steps: range,
+    rows: Sequence[int] | None = None,
+    sizes: int = 1,
 ) -> Iterator[Example]:
     """The batch of every step of `steps`, read ahead by a thread: row r of step n is song n * batch + r of an endless
     sequence of shuffled epochs. `rows` are this process's part of each batch. Close the iterator when done.
+
+    With `sizes` of windows, more than one, songs of like length stand together: of `ALIKE` batches at a time, in a
+    shuffled order. A batch has the smallest window that holds its longest song.
     """
-    layout = make_layout(model)
-    songs: Any = grain.MapDataset.source(dataset).seed(seed).shuffle().repeat()
+    layouts, frames = windows(make_layout(model), sizes), np.minimum(dataset.frames(), model.frames)
+    order: Any = grain.MapDataset.range(len(dataset)).seed(seed).shuffle().repeat()
+
+    def songs_of(step: int) -> list[int]:
+        if sizes == 1:
+            return [int(order[step * batch + row]) for row in range(batch)]
+        stretch, at = divmod(step, ALIKE)
+        songs = np.array([order[stretch * ALIKE * batch + i] for i in range(ALIKE * batch)])
+        alike = songs[np.argsort(frames[songs], kind="stable")].reshape(ALIKE, batch)
+        return alike[np.random.default_rng((seed, stretch)).permutation(ALIKE)[at]].tolist()
 
     def batch_of(step: Any) -> Example:
+        songs = songs_of(int(step))
+        layout = next(window for window in layouts if frames[songs].max() <= window.frames)
         chosen = range(batch) if rows is None else rows
-        examples = [make_example(songs[int(step) * batch + row], layout, model.memory) for row in chosen]
+        examples = [make_example(dataset[songs[row]], layout, model.memory) for row in chosen]
         return Example(*(np.stack(column) for column in zip(*examples)))
 
     ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)

@@ -5,6 +5,7 @@ The batch of step n depends on (seed, n, row) alone, and so do the draws that ar
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from l2m_jax.data import Example
 from l2m_jax.model import KINDS, Prompt, Remat, SoundTransformer
 from l2m_jax.optim import optimizer
 from l2m_jax.sharding import batch_sharding, check_divides, gathered, position_sharding, state_shardings
-from l2m_jax.tokens import AnyArray, Layout, make_layout
+from l2m_jax.tokens import AnyArray, Layout, make_layout, windows
 
 
 class TrainState(NamedTuple):
@@ -137,7 +138,8 @@ def make_program(config: Config, mesh: Mesh) -> Program:
     """
     layout = make_layout(config.model)
     micro = config.train.batch // config.train.accumulate
-    check_divides(mesh, micro, config.model)
+    for window in windows(layout, config.train.windows):
+        check_divides(mesh, micro, dataclasses.replace(config.model, frames=window.frames))
 
     def init() -> TrainState:
         model: Any = SoundTransformer(config.model, rngs=nnx.Rngs(config.train.seed))

@@ -228,3 +228,8 @@ def make_layout(config: ModelConfig) -> Layout:
 
 def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
+
+
+def windows(layout: Layout, count: int) -> list[Layout]:
+    """The layout with windows of 1/count, 2/count, ... of its frames; the last is the whole one."""
+    return [dataclasses.replace(layout, frames=-(-layout.frames * part // count)) for part in range(1, count + 1)]

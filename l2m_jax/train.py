@@ -105,7 +105,8 @@ def _train(
         log = Log(run, first, config.train.steps, config.train.log_every, console) if lead() else Silence()
         rates = schedule(config.train)
         steps, rows = range(first, config.train.steps), rows_here(program.batch, config.train.batch)
-        stream = batches(dataset, config.model, config.train.seed, config.train.batch, steps, rows)
+        of_all = config.train.seed, config.train.batch, steps, rows, config.train.windows
+        stream = batches(dataset, config.model, *of_all)
         stopped, agreement = StopSignal(), Agreement(mesh)
         step, stop, pending, began = first, 0, None, time.perf_counter()
         try:

@@ -1,5 +1,6 @@
 """Records on disk, the packed dataset, and the batch of a step as a pure function of (seed, n, row)."""
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -11,7 +12,7 @@ from conftest import CONFIG, MADE_WITH, make_prepared, make_record
 from l2m_jax import data
 from l2m_jax.config import ModelConfig, UserError
 from l2m_jax.data import Dataset, Example, batches, make_example, read_manifest, read_record, write_record
-from l2m_jax.tokens import make_layout
+from l2m_jax.tokens import make_layout, windows
 
 MODEL = CONFIG.model
 
@@ -225,3 +226,29 @@ def test_lines_of_the_manifest(prepared):
         "song": "song_001", "source": f"{1:016x}", "genre": "waltz", "seconds": 0.32, "frames": 24, "pieces": 6,
         "words_timed": 0,
     }  # fmt: skip
+
+
+def test_songs_of_like_length_stand_together(prepared, tmp_path):
+    """Eight songs of 20 to 48 frames in batches of two, the window (40) in four parts."""
+    dataset, steps = Dataset(prepared), 2 * data.ALIKE
+    stream = batches(dataset, MODEL, 3, 2, range(steps), None, 4)
+    taken = list(stream)
+    stream.close()
+    layouts, lengths, said = windows(make_layout(MODEL), 4), [], []
+    assert [layout.frames for layout in layouts] == [10, 20, 30, 40]
+    for batch in taken:
+        frames = [int((targets[:, 0] < layouts[0].bos).sum()) for targets in batch.targets]
+        smallest = next(layout for layout in layouts if max(frames) <= layout.frames)
+        assert batch.ids.shape == (2, smallest.positions, 2) == batch.targets.shape
+        lengths.append(frames)
+        said += [tuple(targets[:5, 0]) for targets in batch.targets]
+    for half in (slice(0, data.ALIKE), slice(data.ALIKE, None)):  # each stretch by itself
+        inside = sorted(lengths[half])
+        assert all(max(a) <= min(b) for a, b in itertools.pairwise(inside)) and lengths[half] != inside
+    whole = [tuple(targets[:5, 0]) for batch in take(dataset, range(steps), batch=2) for targets in batch.targets]
+    half = len(said) // 2
+    assert sorted(said[:half]) == sorted(whole[:half]) and sorted(said[half:]) == sorted(whole[half:])
+    part = batches(dataset, MODEL, 3, 2, range(5, 7), [1], 4)
+    for ours, theirs in zip(part, taken[5:7]):  # any process, from any step
+        assert_equal(ours, Example(*(x[1:] for x in theirs)))
+    part.close()

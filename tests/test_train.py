@@ -103,8 +103,8 @@ def test_killed_run_goes_on_from_its_last_checkpoint(tmp_path, prepared, trained
         "from l2m_jax.config import *\n"
         f"config = {CONFIG!r}\n"
         "batches = train.batches\n"
-        "def killed(dataset, model, seed, batch, steps, rows):\n"
-        "    for step, example in zip(steps, batches(dataset, model, seed, batch, steps, rows)):\n"
+        "def killed(dataset, model, seed, batch, steps, *rest):\n"
+        "    for step, example in zip(steps, batches(dataset, model, seed, batch, steps, *rest)):\n"
         "        while step == 7:\n"
         f"            if Path({str(run)!r}, 'checkpoints', '4').exists():\n"
         "                os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -126,6 +126,22 @@ def test_a_run_at_its_end_has_nothing_to_do(tmp_path, prepared, trained):
     before = (trained / "metrics.jsonl").read_text()
     assert train(CONFIG, Dataset(prepared), trained, None)
     assert (trained / "metrics.jsonl").read_text() == before
+
+
+def test_a_training_in_windows_goes_on_as_if_never_stopped(tmp_path, prepared):
+    config, seen = changed(model={"frames": 72}, windows=2, steps=8), set()
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(config, Dataset(prepared), whole, None)
+    assert train(config, Dataset(prepared), parts, None, enough=lambda *_: True)
+    assert train(config, Dataset(prepared), parts, None)
+    assert [line["loss"] for line in lines(parts)] == [line["loss"] for line in lines(whole)]
+    assert_same_model(whole, parts, 8)
+    for step in range(8):
+        (batch,) = batches(Dataset(prepared), config.model, 0, 4, range(step, step + 1), None, 2)
+        seen.add(batch.ids.shape[1])
+    assert seen == {64, 128}
+    with pytest.raises(UserError, match="windows is 0; allowed: 1 and above"):
+        changed(windows=0)
 
 
 def test_a_training_ends_when_it_is_enough(tmp_path, prepared, trained):
