@@ -10,7 +10,7 @@ step() { printf '\n\033[1m== %s\033[0m\n' "$1"; }
 
 step "1/7  The model that comes with the package sings -> $out/first.wav, .png, .lrc"
 echo "     A synthetic voice sings syllables (do re mi ...), each at its own pitch: anybody can hear whether it follows."
-l2m generate --lyrics "do mi sol mi fa la sol / la sol fa mi re do" --genre waltz -o "$out/first.wav" --picture --lrc
+l2m generate --lyrics $'do mi sol mi\nfa la sol fa\nmi re do\n' --genre waltz -o "$out/first.wav" --picture --lrc
 
 step "2/7  Songs: 4,000 short solfege songs with lyrics, genres and word times -> $out/songs"
 l2m solfege "$out/songs" --songs 4000 --seed 7 --notes 3 5

@@ -1,6 +1,5 @@
 """A model to pass on: the same model, in float16, as good as a run for all but training."""
 
-import json
 import shutil
 
 import jax
@@ -10,11 +9,14 @@ from conftest import CONFIG
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+import l2m_jax
 from l2m_jax import checkpoint
 from l2m_jax.checkpoint import default_run, load_model, open_checkpoints, read_run
 from l2m_jax.config import UserError
+from l2m_jax.lrc import read_reading
 from l2m_jax.model import SoundTransformer
 from l2m_jax.shipped import export
+from l2m_jax.sung import listen
 
 KEPT = '{"step": 8, "heads": [[0, 1]], "blank": 0.3}'
 
@@ -82,7 +84,15 @@ def test_the_model_of_the_package(exported, monkeypatch, tmp_path):
         default_run()
 
 
-def test_what_ships_is_small():
-    if (checkpoint.DEFAULT / "model.safetensors").is_file():
-        assert (checkpoint.DEFAULT / "model.safetensors").stat().st_size <= 25e6
-        assert json.loads((checkpoint.DEFAULT / "config.json").read_text())["made_with"]["codec"] == "solfege"
+def test_what_ships_is_small_and_sings():
+    assert (checkpoint.DEFAULT / "model.safetensors").stat().st_size <= 25e6
+    assert "license: apache-2.0" in (checkpoint.DEFAULT / "README.md").read_text()
+    singer = l2m_jax.load()
+    assert singer.info.made_with.codec == "solfege" and singer.info.genres == ["ballad", "march", "techno", "waltz"]
+    kept = read_reading(singer.run)
+    assert kept is not None and kept.step == singer.step
+    lyrics = "do mi sol mi\nfa la sol fa"
+    song = singer.generate(lyrics, "waltz")
+    heard = listen(song.samples, singer.codec.rate, lyrics)
+    print(f"asked {heard.asked}, sung {heard.names}")
+    assert song.ended and heard.accuracy > 0.6
