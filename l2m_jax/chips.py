@@ -49,7 +49,7 @@ QUIET = {
     "TPU_STDERR_LOG_LEVEL": "3",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-MOST_CPUS = 1024
+MOST_CPUS = 8960  # as many as a slice may have chips
 
 
 class Topology(NamedTuple):

@@ -5,7 +5,6 @@ import os
 import tempfile
 from pathlib import Path
 
-import jax
 import jaxtyping
 import numpy as np
 import pytest
@@ -23,6 +22,8 @@ checked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int where a fl
 modules = {path.stem for path in (Path(__file__).parents[1] / "l2m_jax").glob("*.py")}
 modules.remove("cli")  # tyro.MISSING stands where a path will be
 jaxtyping.install_import_hook([f"l2m_jax.{name}" for name in modules], "conftest.checked")
+
+import jax  # noqa: E402 - after its environment
 
 from l2m_jax.config import Config, ModelConfig, TrainConfig  # noqa: E402
 from l2m_jax.data import VERSION, Dataset, MadeWith, Record, pack, write_record  # noqa: E402

@@ -19,7 +19,7 @@ from l2m_jax.config import UserError
         ("v5p:4x4", "a slice of v5p has 3 dimensions, as in v5p:4x4x4"),
         ("v5e:3x4", "the first two sizes must be even"),
         ("v5e:1x2", "the first two sizes must be even"),
-        ("v5e:1000x1000", "1000000 chips; allowed: 1 to 8960"),
+        ("v5e:1000x1000", "1000000 chips; allowed: 1 to 256"),
         ("cpu:0", "0 chips; allowed: 1 to 8960"),
         ("cpu:2x4", "cpu takes a number of devices, as in cpu:8"),
         ("cpu:4096", "cpu:4096: JAX has started with"),
