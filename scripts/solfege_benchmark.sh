@@ -3,7 +3,7 @@
 # Every step can be stopped and started again: it goes on where it was.
 #   bash scripts/solfege_benchmark.sh OUT [delay|flatten]
 # Sizes, for a trial: SONGS of training, HELD_OUT songs each of validation and test; further flags in TRAIN and EVALUATE.
-# The model that comes with the package is OUT/delay/model of the script as it stands here.
+# The model that comes with the package is OUT/delay/model, trained with TRAIN="--train.windows 1".
 set -euo pipefail
 out=${1:?"usage: solfege_benchmark.sh OUT [delay|flatten]"}
 layout=${2:-delay}
