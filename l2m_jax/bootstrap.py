@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import scipy.stats
 from jaxtyping import Float
 
 RESAMPLES = 2000
@@ -51,7 +51,5 @@ def share(right: Sequence[bool]) -> Estimate | None:
     """
     if not (n := len(right)):
         return None
-    value, z2 = sum(right) / n, 1.96**2
-    middle = (value + z2 / (2 * n)) / (1 + z2 / n)
-    reach = math.sqrt(z2 * (value * (1 - value) / n + z2 / (4 * n * n))) / (1 + z2 / n)
-    return Estimate(value, max(middle - reach, 0.0), min(middle + reach, 1.0), n)
+    interval = scipy.stats.binomtest(sum(right), n).proportion_ci(SHARE, "wilson")
+    return Estimate(sum(right) / n, float(interval.low), float(interval.high), n)

@@ -44,9 +44,10 @@ def test_songs_without_a_figure_are_none():
 
 
 def test_a_share_of_all_is_not_certain():
-    """Against the values of Wilson's formula as statsmodels has it (proportion_confint, method="wilson")."""
+    """Of n right songs in n Wilson's interval begins at n / (n + z^2); of right and wrong ones it is mirrored."""
     found = share([True] * 64)
-    assert found and found.value == 1 and found.low == pytest.approx(0.943376, abs=1e-5) and found.high == 1
-    found = share([True] * 8 + [False] * 2)
-    assert found and (found.low, found.high) == pytest.approx((0.490162, 0.943318), abs=1e-4) and found.songs == 10
+    assert found and found.value == 1 and found.low == pytest.approx(64 / (64 + 1.959964**2)) and found.high == 1
+    right, wrong = share([True] * 8 + [False] * 2), share([False] * 8 + [True] * 2)
+    assert right and wrong and right.songs == 10 and right.low < 0.8 < right.high
+    assert (1 - right.high, 1 - right.low) == pytest.approx((wrong.low, wrong.high))
     assert share([]) is None and share([False]).low == 0
