@@ -1,11 +1,31 @@
-"""Compiled programs that outlive the process: JAX's persistent compilation cache. The commands switch it on."""
+"""Compiled programs that outlive the process: JAX's persistent compilation cache. The commands switch it on.
+
+And how long this process has been compiling: what is sung or trained takes no longer for it the next time.
+"""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.monitoring
+
+_seconds = [0.0]
+
+
+def _heard(event: str, duration: float, **about: Any) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":  # or reading it from the cache
+        _seconds[0] += duration
+
+
+jax.monitoring.register_event_duration_secs_listener(_heard)
+
+
+def compiling() -> float:
+    """Seconds that XLA has compiled in this process until now."""
+    return _seconds[0]
 
 
 def keep_compiled() -> None:

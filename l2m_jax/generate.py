@@ -6,13 +6,14 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from l2m_jax.audio import pcm16, wav_header, write_wav
 from l2m_jax.codec import decode
+from l2m_jax.compiled import compiling
 from l2m_jax.config import UserError
 from l2m_jax.ecdc import read_ecdc
 from l2m_jax.lrc import labels, read_reading, time_words, write_lrc
@@ -35,7 +36,7 @@ def sing_one(
     `stop` ends the song where it is: the files, or the sound in the pipe, are then of what was sung.
     """
     console = Console(stderr=out is None)
-    stream, rate, seconds = Stream(singer, request), singer.codec.rate, 0.0
+    stream, rate, seconds = Stream(singer, request, lambda: stop.by), singer.codec.rate, 0.0
     if out is None:
         sys.stdout.buffer.write(wav_header(rate, singer.codec.channels))
     with Bar(console, "singing", round(stream.limit, 1), "s at most") as bar:
@@ -45,8 +46,6 @@ def sing_one(
                 sys.stdout.buffer.flush()
             seconds += len(samples) / rate
             bar.update(round(seconds, 1))
-            if stop.by:
-                stream.stop(stop.by)
     song = stream.song()
     warnings, words = song.about["warnings"], []
     if out is not None:
@@ -58,7 +57,7 @@ def sing_one(
                 write_lrc(out.with_suffix(".lrc"), request.lyrics, times)
             if not song.ended:
                 warnings.append("the song was cut: words that were not sung any more stand at its end")
-        if picture:
+        if picture and len(song.codes):
             draw_file(out, request.lyrics, words)
     for warning in warnings:
         say(console, f"warning: {warning}")
@@ -66,7 +65,7 @@ def sing_one(
     say(
         console,
         f"{out or 'standard output'}: {song.seconds:.1f} s, {song.about['cut'] or 'ended by itself'}; "
-        f"{_speed([song], took['total'])}, first sound after {took['first_sound']:.1f} s",
+        f"{_speed([song], took)}, first sound after {took['first_sound']:.1f} s",
     )
 
 
@@ -76,15 +75,17 @@ def sing_variations(singer: Singer, request: Request, count: int, batch: int, ou
     OUT_1.wav, with its other files, is the likeliest; OUT.png shows all. At most `batch` are sung at the same time.
     After `stop` they are as far as they were sung.
     """
-    began, console, task, songs = time.perf_counter(), Console(), make_task(singer, request), []
+    began, compiled, console = time.perf_counter(), compiling(), Console()
+    task, songs = make_task(singer, request), []
     seeds = [request.seed + i for i in range(count)]
     tasks = [task._replace(request=dataclasses.replace(request, seed=seed)) for seed in seeds]
     with Bar(console, "singing", count, "songs") as bar:
         while len(songs) < count and not (songs and stop.by):
             together = tasks[len(songs) : len(songs) + batch]
             songs += sing(singer, together, _progress(bar, len(songs), len(together)), lambda: stop.by)
-    took = time.perf_counter() - began
-    songs.sort(key=lambda song: (not len(song.codes), song.about["nats_per_code"]))  # an empty one is no good
+    took = {"total": time.perf_counter() - began, "compiling": compiling() - compiled}
+    # Of an empty or a stopped one the likelihood says little.
+    songs.sort(key=lambda song: (not len(song.codes), bool(song.about["stopped_by"]), song.about["nats_per_code"]))
     for warning in task.warnings:
         say(console, f"warning: {warning}")
     say(console, "rank  nats per code        seed  seconds  song")
@@ -106,15 +107,16 @@ def sing_requests(singer: Singer, path: Path, defaults: Request, batch: int, out
     """Sings what the lines of a JSONL file ask for and is not in `out` yet: OUT/ID.wav, .ecdc, .npz, .json.
 
     Requests of one rule and like limits are sung together, at most `batch`. A line that cannot be sung gets
-    OUT/ID.error.json, and the others go on; returns how many did. After `stop`, the same call goes on.
+    OUT/ID.error.json, and the others go on; returns how many failed. After `stop` songs that are whole by then are
+    kept, and the same call goes on.
     """
     console, lines = Console(), read_requests(path, defaults)
     check_output(out / "song.wav")
     todo: list[tuple[Line, Request]] = []
     new = failed = 0
+    for name in {name for line in lines for name in (line.name, f"line-{line.number}")}:
+        (out / f"{name}.error.json").unlink(missing_ok=True)
     for line in lines:
-        for name in (line.name, f"line-{line.number}"):
-            (out / f"{name}.error.json").unlink(missing_ok=True)
         if isinstance(line.request, UserError):
             failed += _fail(out, path, line, line.request, console)
         elif not _is_sung(out / f"{line.name}.wav", line.request, singer):
@@ -133,13 +135,15 @@ def sing_requests(singer: Singer, path: Path, defaults: Request, batch: int, out
                 continue
             progress = _progress(bar, before + new + failed, len(ready))
             songs = sing(singer, [task for _, task in ready], progress, lambda: stop.by)
-            if stop.by:
-                break
             for (line, task), song in zip(ready, songs):
+                if song.about["stopped_by"]:
+                    continue
                 song.save(out / f"{line.name}.wav")
                 for warning in task.warnings:
                     say(console, f"warning: {line.name}: {warning}")
-            new += len(songs)
+                new += 1
+            if stop.by:
+                break
     stopped = f"; stopped by {stop.by}, the same command goes on from there" if stop.by else ""
     say(console, f"{before + new} songs of {len(lines)} in {out} ({new} new, {failed} failed){stopped}")
     return failed
@@ -150,15 +154,20 @@ def _progress(bar: Bar, done: int, songs: int) -> Callable[[float], None]:
     return lambda share: bar.update(round(done + share * songs, 1))
 
 
-def _speed(songs: Sequence[Song], took: float) -> str:
-    sung = sum(song.seconds - song.about["given_s"] for song in songs)
-    return f"{sung:.1f} s sung in {took:.1f} s, {sung / max(took, 1e-3):.2f} times real time"
+def _speed(songs: Sequence[Song], took: Mapping[str, float]) -> str:
+    """How fast they were sung; what was compiled for it, once, is told apart."""
+    sung, singing = sum(song.seconds - song.about["given_s"] for song in songs), took["total"] - took["compiling"]
+    compiled = f" (and {took['compiling']:.1f} s of compiling)" if took["compiling"] >= 0.1 else ""
+    return f"{sung:.1f} s sung in {singing:.1f} s{compiled}, {sung / max(singing, 1e-3):.2f} times real time"
 
 
 def _is_sung(out: Path, request: Request, singer: Singer) -> bool:
-    """Whether the song of this very request and model is there already."""
+    """Whether the song of this very request and model is there already, and its prompt no newer."""
     try:
         about = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
+        if request.prompt and Path(request.prompt).exists():
+            if Path(request.prompt).stat().st_mtime > out.with_suffix(".json").stat().st_mtime:
+                return False
         mine = {"request": dataclasses.asdict(request), "model": singer.fingerprint}
         whole = all(out.with_suffix(suffix).is_file() for suffix in (".wav", ".ecdc", ".npz"))
         return whole and all(about[key] == value for key, value in mine.items())

@@ -90,6 +90,8 @@ def read_requests(path: Path, defaults: Request) -> list[Line]:
             said = _checked_id(values.pop("id", None))
             if said.casefold() in names:
                 raise UserError(f"id {said!r} is that of line {names[said.casefold()]} already; give each song its own")
+            if "from" in values:  # as the command line has it
+                values["from_seconds"] = values.pop("from")
             name = said
             names[said.casefold()] = number
             request = from_json(Request, dataclasses.asdict(defaults) | values, "request")
@@ -106,15 +108,19 @@ def read_text(lyrics: str) -> str:
     """The file's text where `lyrics` names a file, else `lyrics` itself."""
     path = Path(lyrics)
     try:
-        if not path.is_file():
-            if path.suffix == ".txt" and "\n" not in lyrics:
-                raise UserError(f"{lyrics}: no such file")
-            return lyrics
+        named = path.is_file()
+    except (OSError, ValueError):  # too long for a file name, or not readable as one: it is the text
+        named = False
+    if not named:
+        if path.suffix == ".txt" and "\n" not in lyrics:
+            raise UserError(f"{lyrics}: no such file")
+        return lyrics
+    try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
-    except (OSError, ValueError):  # too long for a file name, or not readable as one: it is the text
-        return lyrics
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _parse(content: bytes) -> dict[str, Any]:

@@ -10,6 +10,8 @@ The folder is as good as a run for every command but `l2m train`; `checkpoint.lo
 
 from __future__ import annotations
 
+import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -45,7 +47,7 @@ A model of l2m_jax: lyrics and a genre go in, a song comes out. Sing with it:
 | text encoder | {text_encoder}, layer {text_layer} [{text_fingerprint}] |
 | licence | {licence} |
 
-Codec and text encoder do not come along: their fingerprints are checked when the model is loaded.
+Codec and text encoder are no part of this folder: their fingerprints are checked when the model is loaded.
 
 ## Evaluation
 
@@ -68,23 +70,28 @@ def export(run: Path, out: Path, step: int | None = None, licence: str = "unknow
             tensors[path_name(path)] = np.asarray(leaf).astype(np.float16)
         if not np.isfinite(tensors[path_name(path)]).all():
             raise UserError(f"{run}: {path_name(path)} has values beyond float16 (65,504): it cannot be exported")
-    content = save(tensors, metadata={"format": "l2m_jax"})
+    content, kept = save(tensors, metadata={"format": "l2m_jax"}), read_reading(run)
+    parameters = sum(x.size for x in tensors.values()) - 1
+    card = _card(run, out.name, info, step, parameters, len(content), licence)
     write_run(out, info)
-    kept = read_reading(run)
     if kept is not None and kept.step == step:
         shutil.copyfile(run / "alignment.json", out / "alignment.json")
-    parameters = sum(x.size for x in tensors.values()) - 1
-    write_atomic(out / "README.md", _card(run, out.name, info, step, parameters, len(content), licence).encode())
+    write_atomic(out / "README.md", card.encode())
     write_atomic(out / WEIGHTS, content)  # last: without it the folder is no model
     return len(content)
 
 
 def _card(run: Path, name: str, info: RunInfo, step: int, parameters: int, size: int, licence: str) -> str:
-    path = run / "evaluation" / "evaluation.md"
-    evaluation = _inside(path.read_text("utf-8")) if path.is_file() else "None: `l2m evaluate` makes one."
+    evaluated, evaluation = run / "evaluation" / "evaluation", "None: `l2m evaluate` makes one."
+    if evaluated.with_suffix(".json").is_file():
+        of = json.loads(evaluated.with_suffix(".json").read_text("utf-8"))["step"]
+        if of == step:
+            evaluation = _inside(evaluated.with_suffix(".md").read_text("utf-8"))
+        else:
+            evaluation = f"None: the one in {run.name}/evaluation is of step {of}."
     model, train = info.config.model, info.config.train
     return CARD.format(
-        name=name, genre=info.genres[0] if info.genres else '""', genres=", ".join(info.genres) or "none",
+        name=name, genre=shlex.quote(info.genres[0] if info.genres else ""), genres=", ".join(info.genres) or "none",
         millions=parameters / 1e6, megabytes=size / 1e6, step=step, batch=train.batch, lr=train.lr_max,
         layers=model.layers, width=model.width, heads=model.heads, norm=model.norm, layout=model.layout,
         frames=model.frames, memory=model.memory, licence=licence, **info.made_with._asdict(),

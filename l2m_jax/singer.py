@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from jaxtyping import Float, Int
 from l2m_jax import sample
 from l2m_jax.checkpoint import RunInfo, default_run, load_model
 from l2m_jax.codec import Codec, decode, decode_chunk, decoder_state
-from l2m_jax.compiled import keep_compiled
+from l2m_jax.compiled import compiling, keep_compiled
 from l2m_jax.config import UserError
 from l2m_jax.data import prompt_rows
 from l2m_jax.encoders import Encoders, signature
@@ -74,7 +75,7 @@ class Singer:
     @property
     def longest(self) -> float:
         """Seconds of the window."""
-        return self.layout.frames / self.codec.frame_rate
+        return self.layout.frames / self.codec.pace
 
     def generate(self, lyrics: str, genre: str = "", **controls: Any) -> Song:
         """One song. `controls` are the other fields of `Request`: seed, seconds, temperature, prompt ...
@@ -86,9 +87,9 @@ class Singer:
             pass
         return stream.song()
 
-    def stream(self, lyrics: str, genre: str = "", **controls: Any) -> Stream:
+    def stream(self, lyrics: str, genre: str = "", stopped: Callable[[], str] = lambda: "", **controls: Any) -> Stream:
         """One song while it is sung; see `Stream`. Takes what `generate` takes."""
-        return Stream(self, Request(lyrics=lyrics, genre=genre, **controls))
+        return Stream(self, Request(lyrics=lyrics, genre=genre, **controls), stopped)
 
     def generate_batch(self, requests: Sequence[Request], batch: int = 8) -> list[Song]:
         """The songs of the requests, up to `batch` sung at the same time. UserError where one cannot be sung."""
@@ -145,7 +146,7 @@ def make_task(singer: Singer, request: Request) -> Task:
 
     UserError where its lyrics are empty or beyond the cap, its limits beyond the window, or its prompt is unusable.
     """
-    rate = singer.codec.frame_rate
+    rate = singer.codec.pace
     limit = singer.longest if request.seconds is None else request.seconds
     for name, asked in (("the length limit", limit), ("min-seconds", request.min_seconds)):
         if asked > singer.longest:
@@ -191,31 +192,32 @@ def sing(
 
     `stopped` is asked after every segment: where it names what stops the singing, songs are what was sung so far.
     """
-    began, songs, by = time.perf_counter(), [], ""
+    began, compiled, songs, by = time.perf_counter(), compiling(), [], ""
     for songs in sung(singer, tasks):
         shares = [1.0 if song.ended else len(song.codes) / task.most for song, task in zip(songs, tasks)]
         progress(sum(shares) / len(shares))
         if by := stopped():
             break
     samples = [decode(singer.codec, song.codes) for song in songs]
-    timings = {"total": time.perf_counter() - began, "songs_together": len(tasks)}
+    timings = {"total": time.perf_counter() - began, "compiling": compiling() - compiled, "songs_together": len(tasks)}
     return [_song(singer, *one, timings, by) for one in zip(tasks, songs, samples)]
 
 
 class Stream:
     """A song while it is sung: iterate for (codes [f, K], samples [f x hop]) of 0.64 s each, the last shorter.
 
-    A prompt is sounded too. `stop` ends the song early, `song` is all of it that has come. The samples are those that
-    the codes would give if they were decoded at once. A codec that does not stream gives the whole song at the end.
+    A prompt is sounded too. The song ends early once `stopped`, asked after every segment, names what stops it; `song`
+    is all of it that has come. The samples are those that the codes would give if they were decoded at once. A codec
+    that does not stream gives the whole song at the end.
     """
 
-    def __init__(self, singer: Singer, request: Request):
-        began = time.perf_counter()
+    def __init__(self, singer: Singer, request: Request, stopped: Callable[[], str] = lambda: ""):
+        began, self._compiled = time.perf_counter(), compiling()
         self._singer, self._task = singer, make_task(singer, request)
         self._sung = sample.Song(self._task.given[:0], False, 0.0)
         self._frames, self._samples = 0, [decode(singer.codec, self._sung.codes)]
-        self._by = ""
-        self._timings = {"first_sound": 0.0, "total": time.perf_counter() - began}
+        self._stopped, self._by = stopped, ""
+        self._timings = {"first_sound": 0.0, "total": time.perf_counter() - began, "compiling": 0.0}
         self._pieces = self._sing()
 
     def __iter__(self) -> Iterator[tuple[Int[np.ndarray, "F K"], Float[np.ndarray, "T ..."]]]:
@@ -224,19 +226,14 @@ class Stream:
     @property
     def limit(self) -> float:
         """Seconds that the song may get."""
-        return self._task.most / self._singer.codec.frame_rate
-
-    def stop(self, by: str) -> None:
-        """Sings no further; what has been sung by now still comes. The song's .json says that `by` stopped it."""
-        self._by = by
+        return self._task.most / self._singer.codec.pace
 
     def song(self) -> Song:
         """The song as far as it has come out of this stream."""
-        codes, samples = self._sung.codes[: self._frames], np.concatenate(self._samples)
-        ended = self._sung.ended and len(codes) == len(self._sung.codes)
-        by = self._by or ("" if ended or len(codes) == self._task.most else "its listener")
-        song = self._sung._replace(codes=codes, ended=ended)
-        return _song(self._singer, self._task, song, samples, self._timings, by)
+        codes, samples, song = self._sung.codes[: self._frames], np.concatenate(self._samples), self._sung
+        if len(codes) < len(song.codes):  # what they all together are worth is not known of a part of them
+            song = song._replace(codes=codes, ended=False, logprob=float("nan"))
+        return _song(self._singer, self._task, song, samples, self._timings, self._by or "its listener")
 
     def _sing(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         since = time.perf_counter()  # what whoever listens does between the pieces is not counted
@@ -245,6 +242,7 @@ class Stream:
             self._samples.append(samples)
             self._timings["total"] += time.perf_counter() - since
             self._timings["first_sound"] = self._timings["first_sound"] or self._timings["total"]
+            self._timings["compiling"] = compiling() - self._compiled
             yield codes, samples
             since = time.perf_counter()
 
@@ -252,7 +250,8 @@ class Stream:
         for songs in sung(self._singer, [self._task]):
             self._sung = songs[0]
             yield self._sung.codes
-            if self._by:
+            if by := self._stopped():
+                self._by = by
                 return
 
 
@@ -280,20 +279,26 @@ def decode_growing(
 def _song(
     singer: Singer, task: Task, song: sample.Song, samples: np.ndarray, timings: dict[str, float], by: str
 ) -> Song:
-    """The song with all that is to be said about it; `by` stopped it, where something did."""
-    rate = singer.codec.frame_rate
+    """The song with all that is to be said about it; `by` stopped it if it is not whole."""
+    rate = singer.codec.pace
     limit = task.most / rate
     drawn = max(len(song.codes) - len(task.given), 0) * song.codes.shape[1]
     seconds = len(samples) / singer.codec.rate
-    at_limit = f"the song had not ended at the limit of {limit:g} s"
+    stopped_by = None if song.ended or len(song.codes) == task.most else by
+    cut = (
+        f"stopped by {by} after {seconds:.1f} s"
+        if stopped_by
+        else f"the song had not ended at the limit of {limit:g} s"
+    )
     about = {
         "request": dataclasses.asdict(task.request),
         "seconds": round(seconds, 3),
         "given_s": round(len(task.given) / rate, 3),
         "limit_s": round(limit, 3),
         "ended_by_itself": song.ended,
-        "cut": None if song.ended else f"stopped by {by} after {seconds:.1f} s" if by else at_limit,
-        "nats_per_code": -song.logprob / max(drawn, 1),
+        "cut": None if song.ended else cut,
+        "stopped_by": stopped_by,
+        "nats_per_code": None if math.isnan(song.logprob) else -song.logprob / max(drawn, 1),
         "warnings": task.warnings,
         "run": str(singer.run),
         "model": singer.fingerprint,

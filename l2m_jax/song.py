@@ -6,8 +6,9 @@ import dataclasses
 import io
 import json
 import os
-import tempfile
+import shutil
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -45,17 +46,18 @@ class Song:
         return len(self.samples) / self.rate
 
     def save(self, path: str | Path) -> None:
-        """Writes PATH.wav, .ecdc, .npz and .json: all of them or, where that fails with UserError, none."""
+        """Writes PATH.wav, .ecdc, .npz and .json: all of them or, where there is no room for them, none (UserError)."""
         path = Path(path)
         check_output(path)
-        files = [path, *(path.with_suffix(suffix) for suffix in (".ecdc", ".npz", ".json"))]
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".song_", ignore_cleanup_errors=True) as folder:
-            parts = wav, ecdc, npz, described = [Path(folder) / file.name for file in files]
-            arrays = io.BytesIO()
-            np.savez(
-                arrays, codes=self.codes.astype(np.int16), codec=self.codec.name, fingerprint=self.codec.fingerprint
-            )
+        files = _files(path)
+        arrays = io.BytesIO()
+        np.savez(arrays, codes=self.codes.astype(np.int16), codec=self.codec.name, fingerprint=self.codec.fingerprint)
+        folder = path.with_name(f".{path.stem}.part")  # of its own name: what a killed process left goes with the next
+        shutil.rmtree(folder, ignore_errors=True)
+        parts = wav, ecdc, npz, described = [folder / file.name for file in files]
+        try:
             try:
+                folder.mkdir()
                 write_wav(wav, self.samples, self.rate)
                 write_ecdc(ecdc, self.codes, len(self.samples), self.codec)
                 write_atomic(npz, arrays.getvalue())
@@ -64,15 +66,20 @@ class Song:
                 for part, file in zip(parts, files):
                     os.replace(part, file)
             except UserError as error:
-                raise UserError(str(error).replace(str(wav.parent), str(path.parent))) from None
+                raise UserError(str(error).replace(str(folder), str(path.parent))) from None
             except OSError as error:
                 raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_output(out: Path) -> None:
-    """UserError where `out` is no .wav or its folder cannot be written; before the long work, not after."""
+    """UserError where `out` is no .wav, or it or its folder cannot be written; before the long work, not after."""
     if out.suffix.lower() != ".wav":
         raise UserError(f"{out}: the output must end in .wav")
+    for file in _files(out):
+        if file.is_dir():
+            raise UserError(f"{file} is a folder: name another output")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         probe = out.parent / f".{out.name}.{os.getpid()}"
@@ -80,6 +87,10 @@ def check_output(out: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"{out.parent} cannot be written: {error.strerror}") from None
+
+
+def _files(path: Path) -> list[Path]:
+    return [path, *(path.with_suffix(suffix) for suffix in (".ecdc", ".npz", ".json"))]
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -120,5 +131,6 @@ def read_npz(path: Path) -> tuple[Int[np.ndarray, "F K"], str, str]:
             if codes.ndim != 2:
                 raise ValueError(f"codes of shape {codes.shape}, not [frames, codebooks]")
             return codes, str(arrays["codec"]), str(arrays["fingerprint"])
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    # A .npy has no `with`; a zip may ask for a password or for what Python cannot unpack.
+    except (OSError, KeyError, ValueError, EOFError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} is damaged or holds no codes ({error})") from None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -120,3 +121,14 @@ def test_lyrics_are_a_file_or_the_text_itself(tmp_path):
     (tmp_path / "b.txt").write_bytes("corazón".encode("latin-1"))
     with pytest.raises(UserError, match="b.txt: byte 5 is not UTF-8; save the file as UTF-8"):
         read_text(str(tmp_path / "b.txt"))
+
+
+def test_lyrics_that_cannot_be_read_are_not_sung_by_their_name(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("la")
+
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", forbidden)
+    with pytest.raises(UserError, match="a.txt: cannot be read .Permission denied."):
+        read_text(str(tmp_path / "a.txt"))

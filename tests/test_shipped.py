@@ -27,6 +27,7 @@ def exported(trained, tmp_path_factory):
     shutil.copytree(trained, run)
     (run / "alignment.json").write_text(KEPT)
     (run / "evaluation").mkdir()
+    (run / "evaluation" / "evaluation.json").write_text('{"step": 8}')
     (run / "evaluation" / "evaluation.md").write_text("# run\n\n12 of 13 notes\n\n![a](a.png)\n")
     out = run.parent / "passed-on"
     return out, export(run, out, 8, "apache-2.0")
@@ -73,6 +74,25 @@ def test_mistakes(trained, exported, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"beyond float16 \(65,504\)"):
         export(trained, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_card_is_of_its_step_and_its_command_can_be_copied(exported, tmp_path, monkeypatch):
+    run = exported[0].parent / "run"
+    kept = read_run(run)
+    monkeypatch.setattr("l2m_jax.checkpoint.read_run", lambda folder: kept._replace(genres=["hip hop"]))
+    export(run, tmp_path / "later", 12)
+    card = (tmp_path / "later" / "README.md").read_text()
+    assert "12 of 13 notes" not in card and "None: the one in run/evaluation is of step 8." in card
+    assert "--genre 'hip hop' -o song.wav" in card and not (tmp_path / "later" / "alignment.json").exists()
+
+
+def test_a_damaged_alignment_leaves_the_folder_free(exported, tmp_path):
+    run = shutil.copytree(exported[0].parent / "run", tmp_path / "run")
+    (run / "alignment.json").write_text("{")
+    with pytest.raises(UserError, match="alignment.json"):
+        export(run, tmp_path / "out", 8)
+    (run / "alignment.json").write_text(KEPT)
+    assert export(run, tmp_path / "out", 8) > 0
 
 
 def test_the_model_of_the_package(exported, monkeypatch, tmp_path):

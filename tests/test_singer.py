@@ -104,16 +104,43 @@ def test_a_stream_comes_in_pieces_and_is_the_song(long_singer):
 
 def test_a_stream_that_is_stopped_is_a_song_so_far(long_singer):
     whole = long_singer.generate("la", seconds=8, min_seconds=8)
-    stream = long_singer.stream("la", seconds=8, min_seconds=8)
+    by = []
+    stream = long_singer.stream("la", seconds=8, min_seconds=8, stopped=lambda: by[-1] if by else "")
     next(iter(stream))
-    assert len(stream.song().codes) == PIECE  # even if nobody asks for more
-    assert stream.song().about["cut"] == "stopped by its listener after 0.6 s"
-    stream.stop("SIGINT")
+    left = stream.song()  # even if nobody asks for more
+    assert len(left.codes) == PIECE and left.about["nats_per_code"] is None
+    assert left.about["cut"] == "stopped by its listener after 0.6 s"
+    by.append("SIGINT")
     rest = list(stream)
     song = stream.song()
+    assert 0 < song.about["nats_per_code"] < 8 and song.about["stopped_by"] == "SIGINT"
     assert rest and PIECE < len(song.codes) < 600 and len(song.samples) == 320 * len(song.codes)
     np.testing.assert_array_equal(song.codes, whole.codes[: len(song.codes)])
     assert not song.ended and song.about["cut"] == f"stopped by SIGINT after {song.seconds:.1f} s"
+
+
+def test_a_codec_that_does_not_stream_is_stopped_too(long_singer, monkeypatch):
+    """And its seconds are those of the sound: where segments overlap a second has more frames than its segment."""
+
+    def at_the_end(codec, growing):
+        *_, codes = growing
+        yield codes, decode(codec, codes)
+
+    whole = long_singer.generate("la", seconds=8, min_seconds=8)
+    monkeypatch.setattr("l2m_jax.singer.decode_growing", at_the_end)
+    monkeypatch.setattr(type(long_singer.codec), "pace", 80.0)
+    stream = long_singer.stream("la", seconds=7.5, min_seconds=7.5, stopped=lambda: "SIGTERM")
+    (codes, samples), song = *stream, stream.song()
+    assert 0 < len(codes) < 600 and len(samples) == 320 * len(codes) and song.about["limit_s"] == 7.5
+    np.testing.assert_array_equal(codes, whole.codes[: len(codes)])
+    assert song.about["cut"] == f"stopped by SIGTERM after {song.seconds:.1f} s"
+
+
+def test_compiling_is_told_apart(long_singer):
+    """A control that no song had before makes another program; the second song has it."""
+    first, second = (long_singer.generate("la", seconds=1, min_p=0.011, repetition_penalty=1.1) for _ in range(2))
+    assert first.about["timings_s"]["total"] > first.about["timings_s"]["compiling"] > 0
+    assert second.about["timings_s"]["compiling"] == 0
 
 
 def test_a_song_goes_on_from_another(long_singer, tmp_path):

@@ -69,6 +69,20 @@ def test_full_disk_leaves_what_was_there(song, tmp_path, monkeypatch):
     assert {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in tmp_path.iterdir()} == before
 
 
+def test_what_a_killed_process_left_goes_with_the_next(song, tmp_path):
+    (tmp_path / ".a.part").mkdir()
+    (tmp_path / ".a.part" / "a.wav").write_text("half")
+    song.save(tmp_path / "a.wav")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.wav", "a.ecdc", "a.npz", "a.json"}
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".ecdc", ".npz", ".json"])
+def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path, suffix):
+    (tmp_path / f"a{suffix}").mkdir()
+    with pytest.raises(UserError, match=rf"a\{suffix} is a folder: name another output"):
+        check_output(tmp_path / "a.wav")
+
+
 def write_fails(path):
     raise UserError(f"{path}: cannot be written (No space left on device)")
 

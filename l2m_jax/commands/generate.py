@@ -81,7 +81,7 @@ class Generate:
             raise UserError("--lrc is for one song: not with --count or --requests; l2m align times any song later")
         if self.requests is not None and (self.count > 1 or self.picture):
             raise UserError("--requests goes with neither --count nor --picture")
-        if self.requests is not None and self.out.suffix:
+        if self.requests is not None and (self.out.suffix.lower() == ".wav" or self.out.is_file()):
             raise UserError(f"--requests puts its songs into a folder: --out FOLDER, not {self.out}")
         if self.requests is None and not self.request.lyrics.strip():
             raise UserError("--lyrics is needed: a text file, or the lyrics themselves; or --requests FILE")
