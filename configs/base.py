@@ -4,7 +4,7 @@ Cost: 66 TFLOP a song forward and backward, a third more with remat (6 x paramet
 attention 12 x layers x width x positions^2 / 2).
 Memory: 16 bytes a parameter for parameters, gradients and AdamW's moments, 4.2 GB, split over `fsdp`; activations of
 one song, kept at the edges of the 18 layers and of their attention in bfloat16: 2.0 GB.
-Command: l2m train --config base --data OUT --run RUN --train.batch 32
+Command: l2m train --config base --data OUT --run RUN
 """
 
 from l2m_jax.config import Config, MeshConfig, ModelConfig, TrainConfig

@@ -1,4 +1,4 @@
-"""small: the prototype of the project's notes. 512 wide, 4 heads, 4 layers, 18,000 codes (120 s) in one context.
+"""small: 512 wide, 4 heads, 4 layers, 18,000 codes (120 s) in one context.
 
 Cost: 20.7 M parameters; `scripts/bench_train.py` times a step.
 Memory: 1.1 GiB of state, gradients and activations at its peak, batch 1, float32, beside Python and JAX themselves.

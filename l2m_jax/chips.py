@@ -103,7 +103,7 @@ def open_topology(name: str) -> Topology:
     """The slice of this name, with devices that programs can be compiled for. UserError where it cannot be had."""
     chip, shape = parse_topology(name)
     if chip is not None and importlib.util.find_spec("libtpu") is None:
-        raise UserError(f"--topology {name} needs libtpu, which compiles for TPUs: pip install 'l2m_jax[tpu]'")
+        raise UserError(f"--topology {name} needs libtpu, which compiles for TPUs: pip install -e '.[tpu]'")
     os.environ |= {name: value for name, value in QUIET.items() if name not in os.environ}
     import jax
     from jax.experimental import topologies

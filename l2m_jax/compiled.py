@@ -15,9 +15,9 @@ import jax.monitoring
 _seconds = [0.0]
 
 
-def _heard(event: str, duration: float, **about: Any) -> None:
+def _heard(event: str, duration_secs: float, **about: Any) -> None:
     if event == "/jax/core/compile/backend_compile_duration":  # or reading it from the cache
-        _seconds[0] += duration
+        _seconds[0] += duration_secs
 
 
 jax.monitoring.register_event_duration_secs_listener(_heard)

@@ -52,7 +52,7 @@ class ModelConfig:
     layers: int = 4
     """L, layers."""
     norm: Literal["post", "deepnorm", "pre"] = "post"
-    """post: a = 1, the notes' equations. deepnorm: a = (3 L)^(1/4), for depth (Wang et al., 2022).
+    """post: x = LN(x + f(x)) (Vaswani et al., 2017). deepnorm: a = (3 L)^(1/4), for depth (Wang et al., 2022).
     pre: x + f(LN(x)) and an LN after the last layer (Xiong et al., 2020)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type; parameters stay float32. auto: float32 on CPU, bfloat16 on accelerators."""

@@ -38,7 +38,7 @@ def load_recogniser(name: str) -> Recogniser:
         import jiwer  # noqa: F401 - said now, not after the singing
         from transformers import pipeline
     except ModuleNotFoundError as error:
-        raise UserError(f"--asr needs the extras torch and eval: pip install 'l2m_jax[torch,eval]' ({error})") from None
+        raise UserError(f"--asr needs the extras torch and eval: pip install -e '.[torch,eval]' ({error})") from None
     try:
         loaded: Any = pipeline("automatic-speech-recognition", model=name)
         phonemes = "Phoneme" in type(loaded.tokenizer).__name__

@@ -1,4 +1,4 @@
-"""The overfit test of the project's notes: one model learns two excerpts by heart, and each one's lyrics call it back.
+"""The overfit test: one model learns two excerpts by heart, and each one's lyrics call it back.
 
     python scripts/overfit.py SONGS OUT [--songs song_001 song_002] [--start 18 17] [--seconds 10]
 

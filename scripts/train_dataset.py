@@ -1,4 +1,4 @@
-"""The script of the project's notes: a folder of songs in, a trained model out, by the same code as `l2m`.
+"""A folder of songs in, a trained model out, by the same code as `l2m`.
 
     python scripts/train_dataset.py SONGS RUN [--config small] [--train.steps 1000 ...]
 

@@ -119,7 +119,9 @@ def test_variations_that_are_stopped_are_kept_as_far_as_they_came(singer, tmp_pa
     """Stopped in the second batch of three: its songs stand behind the whole ones, the third was not begun."""
     monkeypatch.setattr(sample, "FIRST", 15)
     request = Request(lyrics="la", seconds=LENGTH, min_seconds=LENGTH)
-    sing_variations(singer, request, 6, 2, tmp_path / "song.wav", Stop(5))  # it is asked three times a batch, and after it
+    sing_variations(
+        singer, request, 6, 2, tmp_path / "song.wav", Stop(5)
+    )  # it is asked three times a batch, and after it
     abouts = [json.loads((tmp_path / f"song_{i}.json").read_text()) for i in range(1, 5)]
     assert [about["stopped_by"] for about in abouts] == [None, None, "SIGINT", "SIGINT"]
     assert [about["seconds"] for about in abouts] == [LENGTH, LENGTH, 0.2, 0.2]

@@ -14,7 +14,7 @@ class Plan:
     topology: str
     """Chips: v5e:8x8, v5p:2x2x4, v6e:4x4 (extra `tpu`), or cpu:8, eight devices in the place of one CPU."""
     config: str = "small"
-    """Preset (tiny, small, base, large, demo) or path of a Python file that defines `config`."""
+    """Preset (tiny, demo, benchmark, small, base, large) or path of a Python file that defines `config`."""
     mesh: str = ""
     """Devices along each axis, as in data=4,fsdp=16; one may be -1. By default the preset's."""
     batch: int | None = None
@@ -22,7 +22,7 @@ class Plan:
     generate: bool = False
     """The decode loop instead of the train step; each chip sings songs of its own."""
     suggest: bool = False
-    """Rank meshes, batches (unless --batch) and remat that fit: by formula, then the best three compiled."""
+    """Rank meshes, batches (unless --batch) and remat that fit: by formula; the quickest are then compiled."""
     songs: int = 10_000
     """Songs of the corpus, for hours and chip-hours."""
     epochs: float = 100.0

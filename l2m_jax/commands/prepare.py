@@ -59,7 +59,7 @@ class Prepare:
             try:
                 from l2m_jax.beam import prepare_with_beam
             except ModuleNotFoundError as error:
-                raise UserError(f"--beam needs the extra `beam`: pip install 'l2m_jax[beam]' ({error})") from None
+                raise UserError(f"--beam needs the extra `beam`: pip install -e '.[beam]' ({error})") from None
             done = prepare_with_beam(self.folder, self.out, encoders, self.beam, self.beam_options)
         for bad in done.left_out:
             print(f"left out: {bad.id}: {bad.reason}")
