@@ -29,6 +29,7 @@ import statistics  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
 from concurrent.futures import ThreadPoolExecutor  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any, Literal  # noqa: E402
@@ -143,20 +144,21 @@ def yardstick(folder: Path | None, script: str, *arguments: object) -> float:
     return result.get("tokens_per_s") or result["codes_per_s"]
 
 
-def whole_song(frames: int) -> dict[str, float]:
-    """A song in `delay` to WAV, after a first one that compiles. The first has another seed."""
+def whole_songs(frames: int, rounds: int) -> Iterator[dict[str, float]]:
+    """Songs in `delay` to WAV: a cold one that compiles, then warm ones of other seeds."""
     model, layout, prompt = make("delay")
-    codec, found = load_codec(), {}
-    for name in ("cold", "warm"):
+    codec, seconds = load_codec(), frames / load_codec().frame_rate
+    for seed in range(rounds + 1):
         began = time.perf_counter()
-        *_, state = sample.sample_states(model, layout, prompt, RULE, [len(found)], frames, frames)
+        *_, state = sample.sample_states(model, layout, prompt, RULE, [seed], frames, frames)
         song = sample.said(state, layout, frames)[0]
         sampled = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             write_wav(Path(folder) / "song.wav", decode(codec, song.codes), codec.rate)
-        found |= {f"{name}_sampling_s": sampled - began, f"{name}_decoding_s": time.perf_counter() - sampled}
-    seconds = frames / codec.frame_rate
-    return found | {"rtf": (found["warm_sampling_s"] + found["warm_decoding_s"]) / seconds}
+        name, decoded = "warm" if seed else "cold", time.perf_counter()
+        yield {f"{name}_sampling_s": sampled - began, f"{name}_decoding_s": decoded - sampled}
+        if seed:
+            yield {"rtf": (decoded - began) / seconds}
 
 
 def first_sound() -> dict[str, float]:
@@ -256,8 +258,9 @@ def main(job: Bench) -> None:
             note("musicgen_codes_per_s", theirs)
             note("ratio_musicgen", ours / theirs)
     del model
-    for name, seconds in whole_song(900 if job.short else 9000).items():
-        note(f"{name}_{12 if job.short else 120}s_delay", seconds)
+    for figures in whole_songs(900 if job.short else 9000, rounds):
+        for name, seconds in figures.items():
+            note(f"{name}_{12 if job.short else 120}s_delay", seconds)
     with tempfile.TemporaryDirectory() as folder:
         for name in ["cold"] + ["warm"] * rounds:
             for part, seconds in child("first-sound", folder).items():
