@@ -3,7 +3,7 @@
 # Every step can be stopped and started again: it goes on where it was.
 #   bash scripts/solfege_benchmark.sh OUT [delay|flatten]
 # Sizes, for a trial: SONGS of training, HELD_OUT songs each of validation and test; further flags in TRAIN and EVALUATE.
-# The model that comes with the package is OUT/delay/model, trained with TRAIN="--train.windows 1".
+# The model that comes with the package is OUT/delay/model.
 set -euo pipefail
 out=${1:?"usage: solfege_benchmark.sh OUT [delay|flatten]"}
 layout=${2:-delay}
@@ -16,7 +16,7 @@ step() { printf '\n\033[1m== %s\033[0m\n' "$1"; }
 step "1/5  Songs of 8 to 16 notes, in lines, with choruses, rests and a free tempo, in four genres -> $out/songs"
 # It also learns from shorter songs and from songs without tags: whoever asks for three notes shall get three.
 kind=(--notes 8 16 --sections 1)
-l2m solfege "$out/songs/train" --songs "${SONGS:-5000}" --seed 100 --notes 3 16 --sections 0.7
+l2m solfege "$out/songs/train" --songs "${SONGS:-10000}" --seed 100 --notes 3 16 --sections 0.7
 l2m solfege "$out/songs/valid" --songs "${HELD_OUT:-128}" --seed 101 "${kind[@]}" --exclude "$out/songs/train"
 l2m solfege "$out/songs/test" --songs "${HELD_OUT:-128}" --seed 102 "${kind[@]}" \
   --exclude "$out/songs/train" "$out/songs/valid"
