@@ -41,7 +41,7 @@ def test_slices():
 
 def test_without_libtpu_its_extra_is_named(monkeypatch):
     monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"v5e:2x2 needs libtpu.*pip install 'l2m_jax\[tpu\]'"):
+    with pytest.raises(UserError, match=r"v5e:2x2 needs libtpu.*pip install -e '.\[tpu\]'"):
         open_topology("v5e:2x2")
 
 
