@@ -133,6 +133,9 @@ class TrainConfig:
     """AdamW's decay of the second moment."""
     clip: float = 1.0
     """Largest global norm of the gradient."""
+    guide: float = 0.0
+    """Where songs have word times (words.csv): what it counts for, beside a code, that the first head of the middle
+    layer looks at the word that is being sung. From that the place in the lyrics is learnt sooner than from sound."""
     dropout: tuple[float, float, float] = (0.07, 0.06, 0.07)
     """Condition dropout, one draw a song: share of songs without lyrics, without genre, without both."""
     remat: Literal["none", "attention", "layer"] = "attention"
@@ -167,7 +170,7 @@ class TrainConfig:
             "valid_every",
         ):
             _at_least(f"train.{name}", getattr(self, name), 1)
-        for name in ("warmup", "sample_every", "weight_decay", "lr_min"):
+        for name in ("warmup", "sample_every", "weight_decay", "lr_min", "guide"):
             _at_least(f"train.{name}", getattr(self, name), 0)
         check_seed("train.seed", self.seed)
         if self.batch % self.accumulate:

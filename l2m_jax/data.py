@@ -278,6 +278,7 @@ class Example(NamedTuple):
     kind: Int[AnyArray, " S"]
     section: Int[AnyArray, " S"]
     position: Int[AnyArray, " S"]
+    sung: Float[AnyArray, "S 2"] | None = None  # frames from and to which a row's word is sung; NaN where not known
 
 
 def prompt_rows(
@@ -301,7 +302,12 @@ def prompt_rows(
 def make_example(record: Record, layout: Layout, memory: int) -> Example:
     """The record in the window of the layout and the memory of the model."""
     rows = prompt_rows(record.lyric_states, record.section, record.genre_states, memory)
-    return Example(*layout.encode(record.codes), *rows)
+    sung = np.full((memory, 2), np.nan, np.float32)
+    if len(record.word_times):
+        of_words = record.word >= 0
+        rows_of_words = len(record.genre_states) + np.flatnonzero(of_words)
+        sung[rows_of_words] = record.word_times[record.word[of_words], :2] * (len(record.codes) / record.seconds)
+    return Example(*layout.encode(record.codes), *rows, sung)
 
 
 def batches(

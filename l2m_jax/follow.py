@@ -1,4 +1,4 @@
-"""How far a model's attention follows the words: one figure, told while it trains. After `model`, before `align`.
+"""How far a model's attention follows the words, told while it trains, and a loss where it must. After `model`.
 
 F frames, M rows of the memory, R those of them that are lyrics.
 """
@@ -27,6 +27,29 @@ class Followed(NamedTuple):
 
     diagonality: Float[Array, ""]  # mean over songs
     map: Float[Array, "F M"]  # of the first song
+
+
+class Astray(NamedTuple):
+    """What a head's look lacks at the word that is being sung."""
+
+    astray: Float[Array, ""]  # nats: minus the log of its weight there, summed
+    sung: Int[Array, ""]  # over so many positions
+
+
+def astray(
+    looks: Float[Array, "B T M"], sung: Float[Array, "B S 2"], said: Bool[Array, "B T"], layout: Layout
+) -> Astray:
+    """How far looks (logits, -inf where nothing is) go astray, at positions that say something while a word is sung.
+
+    A word of several pieces may be looked at in any of them. As a loss it makes attention walk along the words from the
+    first hundred steps on (compare Neekhara et al., 2024, where the times are not known).
+    """
+    frame = jnp.arange(looks.shape[1]) // positions_of_a_frame(layout) + 0.5  # the middle of the one that is said
+    sung = jnp.pad(sung, ((0, 0), (KINDS, 0), (0, 0)), constant_values=jnp.nan)[:, None]
+    now = (sung[..., 0] <= frame[:, None]) & (frame[:, None] < sung[..., 1]) & said[..., None] & (looks > -jnp.inf)
+    weight = jax.nn.logsumexp(jnp.where(now, looks, -1e9), axis=-1) - jax.nn.logsumexp(looks, axis=-1)
+    some = now.any(-1)
+    return Astray(-jnp.where(some, weight, 0.0).sum(), some.sum())
 
 
 def positions_of_a_frame(layout: Layout) -> int:

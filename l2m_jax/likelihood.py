@@ -232,7 +232,7 @@ def _batch_bits(
             examples.append(Example(*song, *prompt))
         examples += examples[:1] * (batch - len(examples))  # one shape to compile
         keep = jnp.tile(jnp.array([of_genre != "none", of_lyrics != "none"]), (batch, 1))
-        nats = nats_of_targets(model, Example(*map(np.stack, zip(*examples))), keep, layout, chunk)
+        nats = nats_of_targets(model, jax.tree.map(lambda *songs: np.stack(songs), *examples), keep, layout, chunk)
         bits.append(np.asarray(nats, np.float64)[: len(records)] / math.log(2))
     together = np.stack(bits, axis=1)
     for song, record, donors in zip(together, records, others):

@@ -103,30 +103,34 @@ class Layer(nnx.Module):
         self.norm2 = nnx.LayerNorm(config.width, dtype=dtype, rngs=rngs)
         self.norm3 = nnx.LayerNorm(config.width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], memory: Memory, strip: int = 0) -> Float[Array, "B T D"]:
-        """The whole sequence at once (training); what follows self-attention by `strip` positions, if that is not 0.
+    def __call__(
+        self, x: Float[Array, "B T D"], memory: Memory, strip: int = 0
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T H"]]:
+        """The whole sequence at once (training), and the queries of the first head that looks at the lyrics.
 
-        The backward pass computes each strip anew: what is D or 4 D wide never stands whole.
+        What follows self-attention is computed by `strip` positions, if that is not 0, and anew by the backward pass:
+        what is D or 4 D wide never stands whole.
         """
         attended, _ = self._attend(x)
         lyrics = self.cross_attention.keys_values(memory.states)
 
+        def rest(x: Array, attended: Array) -> tuple[Array, Array]:
+            x, queries = self._rest(x, attended, lyrics, memory.seen)
+            return x, queries[:, 0]
+
         if not strip or x.shape[1] % strip:
-            return self._rest(x, attended, lyrics, memory.seen)
-
-        @functools.partial(jax.checkpoint, prevent_cse=False)
-        def rest(x: Array, attended: Array) -> Array:
-            return self._rest(x, attended, lyrics, memory.seen)
-
+            return rest(x, attended)
+        rest = jax.checkpoint(rest, prevent_cse=False)
         x = jnp.moveaxis(x.reshape(len(x), -1, strip, x.shape[2]), 1, 0)
         attended = jnp.moveaxis(attended.reshape(*attended.shape[:2], -1, strip, attended.shape[3]), 2, 0)
-        x = jax.lax.map(lambda part: rest(*part), (x, attended))
-        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, x.shape[3])
+        both = jax.lax.map(lambda part: rest(*part), (x, attended))
+        x, queries = (jnp.moveaxis(y, 0, 1).reshape(y.shape[1], -1, y.shape[3]) for y in both)
+        return x, queries
 
     def prefill(self, x: Float[Array, "B T D"], memory: Memory) -> tuple[Float[Array, "B T D"], KeysValues]:
         """The whole sequence at once, with its keys and values for the steps that follow."""
         attended, kept = self._attend(x)
-        return self._rest(x, attended, self.cross_attention.keys_values(memory.states), memory.seen), kept
+        return self._rest(x, attended, self.cross_attention.keys_values(memory.states), memory.seen)[0], kept
 
     def look(
         self, x: Float[Array, "B T D"], memory: Memory
@@ -134,9 +138,7 @@ class Layer(nnx.Module):
         """The whole sequence at once, with queries and keys of the cross-attention: what looks at which word."""
         attended, _ = self._attend(x)
         lyrics = self.cross_attention.keys_values(memory.states)
-        after = self._after(self.norm1, x, self.self_attention.merge(attended))
-        queries = self.cross_attention.queries(self._before(self.norm2, after))
-        return self._rest(x, attended, lyrics, memory.seen), queries, lyrics.keys
+        return *self._rest(x, attended, lyrics, memory.seen), lyrics.keys
 
     def step(
         self,
@@ -152,7 +154,7 @@ class Layer(nnx.Module):
         cache = Pages(write_page(cache.keys, new.keys, at), write_page(cache.values, new.values, at))
         rows = new.keys.shape[0] * new.keys.shape[1]
         attended = cached_attention(self.self_attention.queries(before), *cache, rows, at)
-        return self._rest(x, attended, memory, seen), cache
+        return self._rest(x, attended, memory, seen)[0], cache
 
     def _attend(self, x: Array) -> tuple[Array, KeysValues]:
         """What self-attention finds in the whole sequence, and its keys and values."""
@@ -160,11 +162,12 @@ class Layer(nnx.Module):
         kept = self.self_attention.keys_values(before)
         return attention(self.self_attention.queries(before), *kept), kept
 
-    def _rest(self, x: Array, attended: Array, memory: KeysValues, seen: Array) -> Array:
+    def _rest(self, x: Array, attended: Array, memory: KeysValues, seen: Array) -> tuple[Array, Array]:
+        """What follows self-attention, and the queries of the cross-attention."""
         x = self._after(self.norm1, x, self.self_attention.merge(attended))
-        attended = attention(self.cross_attention.queries(self._before(self.norm2, x)), *memory, seen)
-        x = self._after(self.norm2, x, self.cross_attention.merge(attended))
-        return self._after(self.norm3, x, self.down(jax.nn.gelu(self.up(self._before(self.norm3, x)))))
+        queries = self.cross_attention.queries(self._before(self.norm2, x))
+        x = self._after(self.norm2, x, self.cross_attention.merge(attention(queries, *memory, seen)))
+        return self._after(self.norm3, x, self.down(jax.nn.gelu(self.up(self._before(self.norm3, x))))), queries
 
     def _before(self, norm: nnx.LayerNorm, x: Array) -> Array:
         """What a sublayer is given."""
@@ -220,18 +223,32 @@ class SoundTransformer(nnx.Module):
         self, ids: Int[Array, "B T J"], place: Place, memory: Memory, remat: Remat = "none"
     ) -> Float[Array, "B T D"]:
         """States of every position, the whole sequence at once; `remat` is what the backward pass computes anew."""
+        return self.guided(ids, place, memory, remat, guided=False)[0]
+
+    def guided(
+        self, ids: Int[Array, "B T J"], place: Place, memory: Memory, remat: Remat = "none", guided: bool = True
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T M"] | None]:
+        """The same, and how the first head of the middle layer looks at the memory: logits, -inf where nothing is."""
 
         # On many devices a strip would have each gather the weights, and a device's share of a song is short already.
         alone = jax.sharding.get_abstract_mesh().empty or jax.sharding.get_abstract_mesh().size == 1
         strip = STRIP if alone and remat != "none" else 0
 
-        def apply(x: Array, layer: Layer) -> tuple[Array, None]:
-            return spread(gathered(layer)(x, memory, strip), SONGS, "context"), None
+        def apply(x: Array, layer: Layer) -> tuple[Array, Array | None]:
+            x, queries = gathered(layer)(x, memory, strip)
+            return spread(x, SONGS, "context"), queries if guided else None
 
         if remat != "none":  # in a scan nothing of the forward pass can be mistaken for it: CSE need not be prevented
             keep = jax.checkpoint_policies.save_only_these_names(*([KEPT] if remat == "attention" else []))
             apply = jax.checkpoint(apply, policy=keep, prevent_cse=False)
-        return jax.lax.scan(apply, spread(self.embed(ids, place), SONGS, "context"), self.layers)[0]
+        x, queries = jax.lax.scan(apply, spread(self.embed(ids, place), SONGS, "context"), self.layers)
+        if queries is None:
+            return x, None
+        middle = self.depth // 2
+        layer = gathered(jax.tree.map(lambda p: p[middle], self.layers))
+        keys = layer.cross_attention.keys_values(memory.states).keys[:, 0]
+        scores = jnp.einsum("bth,bmh->btm", queries[middle], keys, preferred_element_type=jnp.float32)
+        return x, jnp.where(memory.seen[:, None], scores * keys.shape[-1] ** -0.5, -jnp.inf)
 
     def logits(self, hidden: Float[Array, "*T D"]) -> Float[Array, "*T J W"]:
         """Float32 logits of every stream; ids that pad the space are -inf."""

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from l2m_jax.config import Config, TrainConfig
 from l2m_jax.data import Example
+from l2m_jax.follow import Astray, astray
 from l2m_jax.model import KINDS, Prompt, Remat, SoundTransformer
 from l2m_jax.optim import optimizer
 from l2m_jax.sharding import batch_sharding, check_divides, gathered, position_sharding, state_shardings
@@ -33,10 +34,12 @@ class TrainState(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """Sums over the targets that count, a stream each; the loss is their quotient."""
+    """Sums over the targets that count, a stream each; the loss is their quotient. And those of `follow.Astray`."""
 
     nats: Float[Array, " J"]
     codes: Int[Array, " J"]
+    astray: Float[Array, ""]
+    sung: Int[Array, ""]
 
 
 def keep_conditions(
@@ -51,7 +54,13 @@ def keep_conditions(
 
 
 def losses(
-    model: SoundTransformer, batch: Example, keep: Bool[Array, "B kinds"], layout: Layout, chunk: int, remat: Remat
+    model: SoundTransformer,
+    batch: Example,
+    keep: Bool[Array, "B kinds"],
+    layout: Layout,
+    chunk: int,
+    remat: Remat,
+    guided: bool = False,
 ) -> Totals:
     """Cross-entropy of the next code over the whole id space, PAD ignored, `chunk` positions' logits at a time.
 
@@ -60,7 +69,7 @@ def losses(
     ids, targets = jnp.asarray(batch.ids), jnp.asarray(batch.targets)
     model = gathered(model)
     memory = model.memory(Prompt(batch.states, batch.kind, batch.section, batch.position), keep)
-    hidden = model.hidden(ids, layout.place(jnp.arange(ids.shape[1])), memory, remat)
+    hidden, looks = model.guided(ids, layout.place(jnp.arange(ids.shape[1])), memory, remat, guided)
     shards = jax.sharding.get_abstract_mesh().shape.get("context", 1)
     size = math.gcd(chunk, ids.shape[1] // shards)
 
@@ -73,10 +82,15 @@ def losses(
         counts = targets != layout.pad
         nats = optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden), targets)
         nats = jnp.where(counts, nats, 0.0)
-        return Totals(totals.nats + nats.sum((0, 1, 2)), totals.codes + counts.sum((0, 1, 2))), None
+        nats, codes = totals.nats + nats.sum((0, 1, 2)), totals.codes + counts.sum((0, 1, 2))
+        return totals._replace(nats=nats, codes=codes), None
 
-    zero = Totals(jnp.zeros(layout.streams), jnp.zeros(layout.streams, jnp.int32))
-    return jax.lax.scan(add, zero, (split(hidden), split(targets)))[0]
+    none = Astray(jnp.zeros(()), jnp.zeros((), jnp.int32))
+    zero = Totals(jnp.zeros(layout.streams), jnp.zeros(layout.streams, jnp.int32), *none)
+    totals = jax.lax.scan(add, zero, (split(hidden), split(targets)))[0]
+    if looks is None or batch.sung is None:
+        return totals
+    return totals._replace(**astray(looks, jnp.asarray(batch.sung), (targets != layout.pad).any(-1), layout)._asdict())
 
 
 def make_step(
@@ -94,8 +108,8 @@ def make_step(
         total = (batch.targets != layout.pad).sum()
 
         def loss(model: SoundTransformer, batch: Example, keep: Array) -> tuple[Array, Totals]:
-            totals = losses(model, batch, keep, layout, train.chunk, train.remat)
-            return totals.nats.sum() / total, totals
+            totals = losses(model, batch, keep, layout, train.chunk, train.remat, train.guide > 0)
+            return (totals.nats.sum() + train.guide * totals.astray) / total, totals
 
         def micro(carry: tuple, part: tuple[Example, Array]) -> tuple[tuple, None]:
             (_, totals), gradient = jax.value_and_grad(loss, has_aux=True)(state.model, *part)
@@ -115,6 +129,8 @@ def make_step(
         if layout.streams > 1:
             for j in range(layout.streams):
                 metrics[f"loss_{j}"] = totals.nats[j] / totals.codes[j]
+        if train.guide:
+            metrics["astray"] = totals.astray / jnp.maximum(totals.sung, 1)
         return TrainState(optax.apply_updates(state.model, updates), new), metrics
 
     return step

@@ -244,7 +244,7 @@ def _sample(
         mine = jax.local_devices()[:1]
         model = jax.device_put(model, mine[0])
     example = make_example(dataset[0], layout, config.model.memory)
-    prompt = Prompt(*(np.asarray(x)[None] for x in example[2:]))
+    prompt = Prompt(*(np.asarray(x)[None] for x in example[2:6]))
     frames = min(round(config.train.sample_seconds * codec.pace), layout.frames)
     with jax.set_mesh(make_mesh(MeshConfig(data=1), mine)) if mine else contextlib.nullcontext():
         song = sample_codes(model, layout, prompt, SampleConfig(), [config.train.seed], max(frames, 1))[0]

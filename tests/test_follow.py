@@ -1,20 +1,26 @@
 """The figure that training tells: that of the best head of all, in the log and as a picture."""
 
+import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import CONFIG, make_prepared, make_record
+from flax import nnx
 from tensorboardX.proto.event_pb2 import Event
 
 from l2m_jax.align import attention_maps, teacher
 from l2m_jax.checkpoint import load_model
 from l2m_jax.config import MeshConfig
-from l2m_jax.data import Dataset
-from l2m_jax.follow import diagonality, make_follow
+from l2m_jax.data import Dataset, Example, make_example
+from l2m_jax.follow import astray, diagonality, make_follow
+from l2m_jax.model import SoundTransformer
 from l2m_jax.sharding import make_mesh
+from l2m_jax.step import losses
 from l2m_jax.tokens import make_layout
+from l2m_jax.train import train
 
 LAYOUT = make_layout(CONFIG.model)
 
@@ -50,3 +56,56 @@ def test_training_tells_it(trained):
             tags |= {v.tag for v in Event.FromString(content[12 : 12 + size]).summary.value}
             content = content[12 + size + 4 :]
     assert {"attention", "diagonality"} <= tags
+
+
+def timed(i):
+    """Song i with its six words sung for five frames each, one after the other; the last is never sung to its end."""
+    ends = np.arange(1, 7) * 5 / 75
+    return make_record(i)._replace(word_times=np.stack([ends - 5 / 75, ends, np.full(6, np.nan)], 1))
+
+
+@pytest.mark.parametrize("name", ["flatten", "delay"])
+def test_astray_is_the_weight_that_is_not_on_the_sung_word(name):
+    layout = make_layout(dataclasses.replace(CONFIG.model, layout=name))
+    example = make_example(timed(0), layout, CONFIG.model.memory)
+    assert np.isnan(example.sung[:2]).all() and np.isnan(example.sung[8:]).all()  # the genre's, and padding
+    looks = np.random.default_rng(0).normal(size=(1, layout.positions, 12)).astype(np.float32)
+    looks[..., 1] = -np.inf
+    said = (example.targets != layout.pad).any(-1)
+    found = astray(jnp.asarray(looks), jnp.asarray(example.sung[None]), jnp.asarray(said[None]), layout)
+    weights, each = np.asarray(jax.nn.softmax(looks[0])), {"flatten": 2, "delay": 1}[name]
+    expected = [
+        -np.log(weights[t, 2 + 2 + t // each // 5]) for t in range(30 * each)
+    ]  # null rows, then the genre's two
+    assert found.sung == 30 * each
+    np.testing.assert_allclose(found.astray, sum(expected), rtol=1e-5)
+
+
+def test_a_guided_head_learns_where_the_song_is(tmp_path):
+    dataset = Dataset(make_prepared(tmp_path / "songs", [timed(i) for i in range(8)]))
+    guided = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, guide=1.0, steps=60))
+    train(guided, dataset, tmp_path / "run")
+    told = [json.loads(line)["astray"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert np.mean(told[-5:]) < 0.5 * told[0]
+
+
+def test_guiding_is_the_same_however_much_is_computed_anew(monkeypatch):
+    """By strips, as a window of thousands of positions is, as well; and it changes nothing of the codes' loss."""
+    monkeypatch.setattr("l2m_jax.model.STRIP", 16)
+    model = SoundTransformer(CONFIG.model, rngs=nnx.Rngs(0))
+    batch = Example(*map(np.stack, zip(*(make_example(timed(i), LAYOUT, CONFIG.model.memory) for i in range(2)))))
+    keep = jnp.array([[True, True], [True, False]])
+
+    def loss(model, remat, guided):
+        totals = losses(model, batch, keep, LAYOUT, 64, remat, guided)
+        return totals.nats.sum() + totals.astray, totals
+
+    (plain, whole), gradient = jax.value_and_grad(loss, has_aux=True)(model, "none", True)
+    (again, strips), other = jax.value_and_grad(loss, has_aux=True)(model, "layer", True)
+    np.testing.assert_allclose(plain, again, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+    assert whole.sung == strips.sung == 30  # of the first song: the second's lyrics are dropped
+    unguided = loss(model, "none", False)[1]
+    np.testing.assert_allclose(unguided.nats, whole.nats, rtol=1e-6)
+    assert unguided.astray == 0 < whole.astray

@@ -202,7 +202,7 @@ def test_loss_is_the_mean_over_codes_and_does_not_depend_on_chunk_or_remat(prepa
     total = jax.jit(lambda m, b, k: losses(m, b, k, LAYOUT, 16, "layer"))(model, batch, keep)
 
     def plain(model, batch):
-        memory = model.memory(Prompt(*batch[2:]), keep)
+        memory = model.memory(Prompt(*batch[2:6]), keep)
         hidden = model.hidden(batch.ids, LAYOUT.place(jnp.arange(batch.ids.shape[1])), memory)
         return jax.nn.log_softmax(model.logits(hidden))
 
