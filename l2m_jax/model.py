@@ -62,6 +62,13 @@ class Pages(NamedTuple):
     values: Float[Array, "P G H"]
 
 
+class Look(NamedTuple):
+    """How one head looks at the memory."""
+
+    queries: Float[Array, "*L B T H"]
+    keys: Float[Array, "*L B M H"]
+
+
 class Attention(nnx.Module):
     """Multi-head attention; what it attends to is the caller's."""
 
@@ -103,10 +110,8 @@ class Layer(nnx.Module):
         self.norm2 = nnx.LayerNorm(config.width, dtype=dtype, rngs=rngs)
         self.norm3 = nnx.LayerNorm(config.width, dtype=dtype, rngs=rngs)
 
-    def __call__(
-        self, x: Float[Array, "B T D"], memory: Memory, strip: int = 0
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T H"]]:
-        """The whole sequence at once (training), and the queries of the first head that looks at the lyrics.
+    def __call__(self, x: Float[Array, "B T D"], memory: Memory, strip: int = 0) -> tuple[Float[Array, "B T D"], Look]:
+        """The whole sequence at once (training), and how the first head looks at the memory.
 
         What follows self-attention is computed by `strip` positions, if that is not 0, and anew by the backward pass:
         what is D or 4 D wide never stands whole.
@@ -119,13 +124,13 @@ class Layer(nnx.Module):
             return x, queries[:, 0]
 
         if not strip or x.shape[1] % strip:
-            return rest(x, attended)
-        rest = jax.checkpoint(rest, prevent_cse=False)
-        x = jnp.moveaxis(x.reshape(len(x), -1, strip, x.shape[2]), 1, 0)
-        attended = jnp.moveaxis(attended.reshape(*attended.shape[:2], -1, strip, attended.shape[3]), 2, 0)
-        both = jax.lax.map(lambda part: rest(*part), (x, attended))
-        x, queries = (jnp.moveaxis(y, 0, 1).reshape(y.shape[1], -1, y.shape[3]) for y in both)
-        return x, queries
+            x, queries = rest(x, attended)
+        else:
+            x = jnp.moveaxis(x.reshape(len(x), -1, strip, x.shape[2]), 1, 0)
+            attended = jnp.moveaxis(attended.reshape(*attended.shape[:2], -1, strip, attended.shape[3]), 2, 0)
+            parts = jax.lax.map(lambda part: jax.checkpoint(rest, prevent_cse=False)(*part), (x, attended))
+            x, queries = (jnp.moveaxis(y, 0, 1).reshape(y.shape[1], -1, y.shape[3]) for y in parts)
+        return x, Look(queries, lyrics.keys[:, 0])
 
     def prefill(self, x: Float[Array, "B T D"], memory: Memory) -> tuple[Float[Array, "B T D"], KeysValues]:
         """The whole sequence at once, with its keys and values for the steps that follow."""
@@ -234,20 +239,18 @@ class SoundTransformer(nnx.Module):
         alone = jax.sharding.get_abstract_mesh().empty or jax.sharding.get_abstract_mesh().size == 1
         strip = STRIP if alone and remat != "none" else 0
 
-        def apply(x: Array, layer: Layer) -> tuple[Array, Array | None]:
-            x, queries = gathered(layer)(x, memory, strip)
-            return spread(x, SONGS, "context"), queries if guided else None
+        def apply(x: Array, layer: Layer) -> tuple[Array, Look | None]:
+            x, look = gathered(layer)(x, memory, strip)
+            return spread(x, SONGS, "context"), look if guided else None
 
         if remat != "none":  # in a scan nothing of the forward pass can be mistaken for it: CSE need not be prevented
             keep = jax.checkpoint_policies.save_only_these_names(*([KEPT] if remat == "attention" else []))
             apply = jax.checkpoint(apply, policy=keep, prevent_cse=False)
-        x, queries = jax.lax.scan(apply, spread(self.embed(ids, place), SONGS, "context"), self.layers)
-        if queries is None:
+        x, looks = jax.lax.scan(apply, spread(self.embed(ids, place), SONGS, "context"), self.layers)
+        if looks is None:
             return x, None
-        middle = self.depth // 2
-        layer = gathered(jax.tree.map(lambda p: p[middle], self.layers))
-        keys = layer.cross_attention.keys_values(memory.states).keys[:, 0]
-        scores = jnp.einsum("bth,bmh->btm", queries[middle], keys, preferred_element_type=jnp.float32)
+        queries, keys = jax.tree.map(lambda of_layers: of_layers[self.depth // 2], looks)
+        scores = jnp.einsum("bth,bmh->btm", queries, keys, preferred_element_type=jnp.float32)
         return x, jnp.where(memory.seen[:, None], scores * keys.shape[-1] ** -0.5, -jnp.inf)
 
     def logits(self, hidden: Float[Array, "*T D"]) -> Float[Array, "*T J W"]:

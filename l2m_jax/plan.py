@@ -141,7 +141,7 @@ def _batch(config: Config, layout: Layout) -> Example:
     shape: Any = jax.ShapeDtypeStruct  # in the place of arrays
     ids, rows = shape((songs, layout.positions, layout.streams), np.int32), shape((songs, memory), np.int32)
     states = shape((songs, memory, config.model.text_width), np.float32)
-    return Example(ids, ids, states, rows, rows, rows)
+    return Example(ids, ids, states, rows, rows, rows, shape((songs, memory, 2), np.float32))
 
 
 def _compile(lowered: Any) -> tuple[Any, str]:

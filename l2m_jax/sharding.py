@@ -41,10 +41,11 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
 # What devices may exchange along each axis: kind of collective -> what. Vectors may be summed along any.
 # parameters: of one layer, or of what stands outside of the layers, whole or a part; their gradients as well.
 # activations: of a device's songs and positions, D wide. keys: keys and values of its songs and heads; their gradients.
+# queries: of the one head that `train.guide` is about.
 PLAN: dict[str, dict[str, tuple[str, ...]]] = {
     "data": {"all-reduce": ("parameters",)},
     "fsdp": {"all-gather": ("parameters",), "all-reduce": ("parameters",), "reduce-scatter": ("parameters",)},
-    "tensor": {"all-reduce": ("activations",)},
+    "tensor": {"all-reduce": ("activations", "queries"), "collective-permute": ("queries",)},
     "context": {"all-gather": ("keys",), "all-reduce": ("keys", "parameters"), "reduce-scatter": ("keys",)},
 }
 

@@ -63,7 +63,7 @@ def test_a_look_is_what_the_layer_does(monkeypatch, config):
     x = model.embed(ids, layout.place(jnp.arange(ids.shape[1])))
     layer = jax.tree.map(lambda p: p[1], model.layers)
     result, queries, keys = layer.look(x, memory)
-    np.testing.assert_array_equal(result, layer(x, memory))
+    np.testing.assert_array_equal(result, layer(x, memory)[0])
     np.testing.assert_array_equal(queries, seen[-1][0])
     np.testing.assert_array_equal(keys, seen[-1][1])
 

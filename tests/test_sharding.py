@@ -126,7 +126,7 @@ def test_devices_that_cannot_be_laid_out_so(monkeypatch):
 @pytest.fixture(scope="module")
 def on_eight_devices() -> dict[str, dict]:
     """What `compare` measured, in a process of its own: JAX counts its devices once."""
-    # The second flag: six steps are compiled and each runs once.
+    # The second flag: seven steps are compiled and each runs once.
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
@@ -167,7 +167,7 @@ def outside_plan(found: list[Collective], config: Config, mesh: dict[str, int]) 
     songs = config.train.batch // config.train.accumulate // (mesh["data"] * mesh["fsdp"])
     here, memory = layout.positions // mesh["context"], model.memory + 2
     chunk = math.gcd(config.train.chunk, here)
-    kinds = {"parameters": set(), "activations": set(), "keys": set()}
+    kinds = {"parameters": set(), "activations": set(), "keys": set(), "queries": set()}
     shapes = jax.eval_shape(lambda: SoundTransformer(model, rngs=nnx.Rngs(0)))
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
         name = path_name(path)
@@ -185,6 +185,8 @@ def outside_plan(found: list[Collective], config: Config, mesh: dict[str, int]) 
             local = max(heads // mesh["tensor"], 1)
             kinds["keys"].add(sizes((songs, local, length, model.head_width)))
     kinds["keys"].add(sizes((songs, memory, model.width)))
+    if config.train.guide:
+        kinds["queries"] |= {sizes((songs, length, model.head_width)) for length in (here, memory)}
     wrong = []
     for c in found:
         axes = c.axes(mesh)
@@ -216,7 +218,8 @@ def gradient_step(config: Config, mesh_config: MeshConfig, devices: list) -> dic
     step.optimizer = lambda _: keep_gradient
     mesh = make_mesh(mesh_config, devices)
     program = step.make_program(config, mesh)
-    records = [make_record(i, frames=20 + 3 * i) for i in range(config.train.batch)]
+    times = np.arange(18, dtype=np.float32).reshape(6, 3) / 75
+    records = [make_record(i, frames=20 + 3 * i)._replace(word_times=times) for i in range(config.train.batch)]
     examples = [make_example(record, make_layout(config.model), config.model.memory) for record in records]
     batch = jax.device_put(Example(*map(np.stack, zip(*examples))), program.batch)
     with jax.set_mesh(mesh):
@@ -239,13 +242,19 @@ def gradient_step(config: Config, mesh_config: MeshConfig, devices: list) -> dic
 
 
 def compare() -> dict[str, dict]:
-    """Relative errors of loss and gradient of every layout against one device; `mixed` also accumulates."""
-    twice = dataclasses.replace(SPREAD, train=dataclasses.replace(SPREAD.train, accumulate=2))
-    one = gradient_step(SPREAD, MeshConfig(data=1), jax.devices()[:1])
-    largest = max(np.abs(x).max() for x in one["gradient"])
-    measured = {}
+    """Relative errors of loss and gradient of every layout against one device; `mixed` is guided and accumulates."""
+
+    def alone(config: Config) -> dict:
+        return gradient_step(config, MeshConfig(data=1), jax.devices()[:1])
+
+    guided = dataclasses.replace(SPREAD, train=dataclasses.replace(SPREAD.train, guide=1.0))
+    twice = dataclasses.replace(guided, train=dataclasses.replace(guided.train, accumulate=2))
+    measured, plain = {}, alone(SPREAD)
     for name, mesh_config in LAYOUTS.items():
-        many = gradient_step(twice if name == "mixed" else SPREAD, mesh_config, jax.devices())
+        mixed = name == "mixed"
+        one = alone(guided) if mixed else plain
+        largest = max(np.abs(x).max() for x in one["gradient"])
+        many = gradient_step(twice if mixed else SPREAD, mesh_config, jax.devices())
         errors = [
             np.abs(a - b).max() / max(np.abs(a).max(), 1e-2 * largest)  # key biases have no gradient but rounding
             for a, b in zip(one["gradient"], many.pop("gradient"))
