@@ -252,6 +252,10 @@ class Dataset:
         """Frames of each song."""
         return np.array([line["frames"] for line in read_manifest(self.folder)])
 
+    def words_timed(self) -> Int[np.ndarray, " songs"]:
+        """Words of each song whose times are known."""
+        return np.array([line["words_timed"] for line in read_manifest(self.folder)])
+
     def check(self, model: ModelConfig) -> None:
         """UserError where the model cannot take these songs."""
         for name, ours in (

@@ -82,7 +82,7 @@ def _train(
     layout, mesh = make_layout(config.model), make_mesh(config.mesh)
     program = make_program(config, mesh)
     begin(run, RunInfo(config, dataset.made_with, dataset.genres, dataset.fingerprint), len(dataset), console)
-    report_cut(dataset, config, console)
+    report_songs(dataset, config, console)
 
     with jax.set_mesh(mesh):
         checkpoints = open_checkpoints(run, config.train.keep)
@@ -185,15 +185,21 @@ def begin(run: Path, info: RunInfo, songs: int, console: Console) -> None:
             (run / ".seen").unlink(missing_ok=True)
 
 
-def report_cut(dataset: Dataset, config: Config, console: Console) -> None:
-    """Says how much of the songs lies outside of the window."""
-    frames = dataset.frames()
+def report_songs(dataset: Dataset, config: Config, console: Console) -> None:
+    """Says how much of the songs lies outside of the window, and how many can guide where guiding is asked for."""
+    frames, timed = dataset.frames(), dataset.words_timed()
     cut = np.maximum(frames - config.model.frames, 0)
     if cut.any():
         say(
             console,
             f"note: {np.count_nonzero(cut)} of {len(frames)} songs are longer than the window of {config.model.frames} "
             f"frames; {100 * cut.sum() / frames.sum():.1f} % of all frames are not trained on (the dataset has them)",
+        )
+    if config.train.guide and not timed.all():
+        say(
+            console,
+            f"note: {np.count_nonzero(timed)} of {len(timed)} songs have word times (words.csv); "
+            "train.guide does nothing for the others",
         )
 
 

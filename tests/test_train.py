@@ -242,10 +242,18 @@ def test_sample_songs_are_written(singer_run):
 
 def test_what_the_window_cuts_is_said(tmp_path, prepared):
     says = io.StringIO()
-    module.report_cut(Dataset(prepared), CONFIG, Console(file=says, width=300))
+    module.report_songs(Dataset(prepared), CONFIG, Console(file=says, width=300))
     assert "2 of 8 songs are longer than the window of 40 frames; 4.4 % of all frames" in says.getvalue()
-    module.report_cut(Dataset(prepared), changed(model={"frames": 48}), Console(file=says, width=300))
+    module.report_songs(Dataset(prepared), changed(model={"frames": 48}), Console(file=says, width=300))
     assert len(says.getvalue().splitlines()) == 1
+
+
+def test_how_many_songs_can_guide_is_said(tmp_path, prepared):
+    songs = [make_record(0), make_record(1)._replace(word_times=np.zeros((6, 3)))]
+    for folder, note in ((prepared, "0 of 8"), (make_prepared(tmp_path / "songs", songs), "1 of 2")):
+        says = io.StringIO()
+        module.report_songs(Dataset(folder), changed(model={"frames": 48}, guide=1.0), Console(file=says, width=300))
+        assert says.getvalue().startswith(f"note: {note} songs have word times (words.csv); train.guide does nothing")
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_is_not_kept(tmp_path, prepared):
