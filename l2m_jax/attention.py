@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from l2m_jax.blockwise import KEPT, blockwise_attention
 from l2m_jax.sharding import SONGS
@@ -148,37 +148,30 @@ def _size(mesh: AbstractMesh, axes: tuple[str, ...] | None) -> int:
     return math.prod(mesh.shape.get(axis, 1) for axis in axes or ())
 
 
-def to_pages(x: Float[Array, "B K C H"], page: int) -> Float[Array, "P G H"]:
-    """Keys or values of C positions as pages of G: the B K rows of the first page, then those of the second."""
-    rows = x.reshape(-1, x.shape[2] // page, page, x.shape[3])
-    return rows.swapaxes(0, 1).reshape(-1, page, x.shape[3])
+def rows(x: Shaped[Array, "B K C *H"]) -> Shaped[Array, "*R C *H"]:
+    """Keys, values or what is seen of them as decode steps read and write them: R = B K rows; a single one stands without its axis.
 
-
-def write_page(pages: Float[Array, "P G H"], x: Float[Array, "B K 1 H"], at: Int[Array, ""]) -> Float[Array, "P G H"]:
-    """The pages with position `at` set to x: in place, where the pages are the state of a compiled loop."""
-    rows, page = x.shape[0] * x.shape[1], pages.shape[1]
-    return jax.lax.dynamic_update_slice(
-        pages, x.reshape(rows, 1, -1).astype(pages.dtype), (at // page * rows, at % page, 0)
-    )
-
-
-def cached_attention(
-    q: Float[Array, "B N 1 H"], k: Float[Array, "P G H"], v: Float[Array, "P G H"], rows: int, at: Int[Array, ""]
-) -> Float[Array, "B N 1 H"]:
-    """`attend` of the query of position `at` to the pages up to itself, each of `rows` = B K; the rest is unwritten.
-
-    One product a page and row, for all query heads that share it, so that the keys and values are read where they lie.
-    Any other shape (and long dot products) costs XLA's CPU compiler a copy of the cache, the second core, or speed: the
-    product is [G, H] times [H, N / K], as the other way round it runs at a third of the rate.
+    With an axis of one XLA's CPU compiler copies the whole cache four times a step.
     """
-    page = k.shape[1]
-    tall = jnp.tile(q.reshape(rows, -1, q.shape[3]), (k.shape[0] // rows, 1, 1))
-    if tall.shape[1] == 1:  # without groups: matrix times vector
-        scores = jnp.einsum("ph,pgh->pg", tall[:, 0], k, preferred_element_type=jnp.float32)[..., None]
-    else:
-        scores = jnp.einsum("pgh,pqh->pgq", k, tall, preferred_element_type=jnp.float32)
-    scores = scores.reshape(-1, rows, page, tall.shape[1]) * q.shape[-1] ** -0.5
-    position = jnp.arange(scores.shape[0])[:, None, None, None] * page + jnp.arange(page)[:, None]
-    weights = jax.nn.softmax(jnp.where(position <= at, scores, -jnp.inf), axis=(0, 2))
-    parts = jnp.einsum("pgq,pgh->pqh", weights.reshape(-1, page, tall.shape[1]).astype(v.dtype), v)
-    return parts.reshape(-1, *q.shape).sum(0)
+    return x.reshape(*([-1] if x.shape[0] * x.shape[1] > 1 else []), *x.shape[2:])
+
+
+def write(cache: Float[Array, "*R C H"], x: Float[Array, "B K 1 H"], at: Int[Array, ""]) -> Float[Array, "*R C H"]:
+    """The cache with position `at` set to x: in place, where it is the state of a compiled loop."""
+    return jax.lax.dynamic_update_slice_in_dim(cache, rows(x).astype(cache.dtype), at, axis=-2)
+
+
+def step_attention(
+    q: Float[Array, "B N 1 H"], k: Float[Array, "*R C H"], v: Float[Array, "*R C H"], seen: Bool[Array, "*#R C"]
+) -> Float[Array, "B N 1 H"]:
+    """`attend` of a decode step: one query a head, keys and values as `rows`.
+
+    They are read where they lie. The products are [C, H] times [H, N / K], as the other way round XLA's CPU compiler
+    runs them at a third of the rate, and what is normalised is the result, not the C weights.
+    """
+    grouped = q.reshape(*k.shape[:-2], -1, q.shape[3])  # [*R, N / K, H]
+    scores = jnp.einsum("...ch,...qh->...cq", k, grouped, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    scores = jnp.where(seen[..., None], scores, -jnp.inf)
+    weights = jnp.exp(scores - scores.max(-2, keepdims=True))
+    parts = jnp.einsum("...cq,...ch->...qh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return (parts / weights.sum(-2)[..., None]).astype(v.dtype).reshape(q.shape)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from l2m_jax.attention import attention, cached_attention, platform, write_page
+from l2m_jax.attention import attention, platform, rows, step_attention, write
 from l2m_jax.blockwise import KEPT
 from l2m_jax.config import ModelConfig
 from l2m_jax.lyrics import SECTIONS
@@ -55,11 +56,19 @@ class KeysValues(NamedTuple):
     values: Float[Array, "B K C H"]
 
 
-class Pages(NamedTuple):
-    """Keys and values of the positions so far, in pages; see `attention.to_pages`."""
+class Cache(NamedTuple):
+    """Keys and values of the positions so far, as `attention.rows`; room for more behind them."""
 
-    keys: Float[Array, "P G H"]
-    values: Float[Array, "P G H"]
+    keys: Float[Array, "*R C H"]
+    values: Float[Array, "*R C H"]
+
+
+class Lyrics(NamedTuple):
+    """What a layer's decode steps look at, as `attention.rows`."""
+
+    keys: Float[Array, "*R M H"]
+    values: Float[Array, "*R M H"]
+    seen: Bool[Array, "*R M"]
 
 
 class Look(NamedTuple):
@@ -120,7 +129,7 @@ class Layer(nnx.Module):
         lyrics = self.cross_attention.keys_values(memory.states)
 
         def rest(x: Array, attended: Array) -> tuple[Array, Array]:
-            x, queries = self._rest(x, attended, lyrics, memory.seen)
+            x, queries = self._rest(x, attended, lambda q: attention(q, *lyrics, memory.seen))
             return x, queries[:, 0]
 
         if not strip or x.shape[1] % strip:
@@ -135,7 +144,8 @@ class Layer(nnx.Module):
     def prefill(self, x: Float[Array, "B T D"], memory: Memory) -> tuple[Float[Array, "B T D"], KeysValues]:
         """The whole sequence at once, with its keys and values for the steps that follow."""
         attended, kept = self._attend(x)
-        return self._rest(x, attended, self.cross_attention.keys_values(memory.states), memory.seen)[0], kept
+        lyrics = self.cross_attention.keys_values(memory.states)
+        return self._rest(x, attended, lambda q: attention(q, *lyrics, memory.seen))[0], kept
 
     def look(
         self, x: Float[Array, "B T D"], memory: Memory
@@ -143,23 +153,24 @@ class Layer(nnx.Module):
         """The whole sequence at once, with queries and keys of the cross-attention: what looks at which word."""
         attended, _ = self._attend(x)
         lyrics = self.cross_attention.keys_values(memory.states)
-        return *self._rest(x, attended, lyrics, memory.seen), lyrics.keys
+        return *self._rest(x, attended, lambda q: attention(q, *lyrics, memory.seen)), lyrics.keys
+
+    def lyrics(self, memory: Memory) -> Lyrics:
+        """What `step` looks at, computed once."""
+        keys, values = self.cross_attention.keys_values(memory.states)
+        seen = jnp.broadcast_to(memory.seen[:, None], keys.shape[:3])
+        return Lyrics(rows(keys), rows(values), rows(seen))
 
     def step(
-        self,
-        x: Float[Array, "B 1 D"],
-        cache: Pages,
-        memory: KeysValues,
-        seen: Bool[Array, "B M"],
-        at: Int[Array, ""],
-    ) -> tuple[Float[Array, "B 1 D"], Pages]:
+        self, x: Float[Array, "B 1 D"], cache: Cache, lyrics: Lyrics, at: Int[Array, ""]
+    ) -> tuple[Float[Array, "B 1 D"], Cache]:
         """Position `at`: its keys and values are written into the cache, which is returned."""
         before = self._before(self.norm1, x)
         new = self.self_attention.keys_values(before)
-        cache = Pages(write_page(cache.keys, new.keys, at), write_page(cache.values, new.values, at))
-        rows = new.keys.shape[0] * new.keys.shape[1]
-        attended = cached_attention(self.self_attention.queries(before), *cache, rows, at)
-        return self._rest(x, attended, memory, seen)[0], cache
+        cache = Cache(write(cache.keys, new.keys, at), write(cache.values, new.values, at))
+        heard = jnp.arange(cache.keys.shape[-2]) <= at
+        attended = step_attention(self.self_attention.queries(before), *cache, heard)
+        return self._rest(x, attended, lambda q: step_attention(q, *lyrics))[0], cache
 
     def _attend(self, x: Array) -> tuple[Array, KeysValues]:
         """What self-attention finds in the whole sequence, and its keys and values."""
@@ -167,11 +178,11 @@ class Layer(nnx.Module):
         kept = self.self_attention.keys_values(before)
         return attention(self.self_attention.queries(before), *kept), kept
 
-    def _rest(self, x: Array, attended: Array, memory: KeysValues, seen: Array) -> tuple[Array, Array]:
-        """What follows self-attention, and the queries of the cross-attention."""
+    def _rest(self, x: Array, attended: Array, look: Callable[[Array], Array]) -> tuple[Array, Array]:
+        """What follows self-attention, and the queries of the cross-attention; `look` is what that finds for them."""
         x = self._after(self.norm1, x, self.self_attention.merge(attended))
         queries = self.cross_attention.queries(self._before(self.norm2, x))
-        x = self._after(self.norm2, x, self.cross_attention.merge(attention(queries, *memory, seen)))
+        x = self._after(self.norm2, x, self.cross_attention.merge(look(queries)))
         return self._after(self.norm3, x, self.down(jax.nn.gelu(self.up(self._before(self.norm3, x))))), queries
 
     def _before(self, norm: nnx.LayerNorm, x: Array) -> Array:

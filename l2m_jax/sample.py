@@ -7,9 +7,9 @@ first second does not pay for a long song.
 from __future__ import annotations
 
 import collections
+import ctypes
 import functools
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -18,14 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from l2m_jax.attention import to_pages
+from l2m_jax.attention import rows
 from l2m_jax.config import SampleConfig, UserError
-from l2m_jax.model import KeysValues, Memory, Pages, Prompt, SoundTransformer
+from l2m_jax.model import Cache, Lyrics, Memory, Prompt, SoundTransformer
 from l2m_jax.rule import Rule, draw, guide, make_rule, penalise, variants
 from l2m_jax.tokens import Layout
 
 FIRST, LONGEST = 75, 300  # frames between looks at the host: a stream begins early, and the longer it is the fewer
-PAGE = 1024  # positions of the cache that one product reads; for grouped heads faster than 512 and 2,048
+PAGE = 1024  # positions by which the cache grows at least
 
 
 class SampleState(NamedTuple):
@@ -41,7 +41,7 @@ class SampleState(NamedTuple):
 class Context(NamedTuple):
     """What stays the same from step to step, computed once. R = B x variants rows: guidance computes several."""
 
-    lyrics: list[KeysValues]  # of each layer, [R, N, M, H]
+    lyrics: list[Lyrics]  # of each layer
     memory: Memory  # [R, M, D]
     rule: Rule
     luck: Float[Array, "B T J"]  # uniform in [0, 1): a number a draw
@@ -58,31 +58,28 @@ class Song(NamedTuple):
     logprob: float  # of the drawn codes under the model's own distribution, natural logarithm
 
 
-Cache = list[Pages]  # a layer each
-
-
 def segment(
     model: SoundTransformer,
     context: Context,
     state: SampleState,
-    cache: Cache,
+    cache: list[Cache],
     stop: Int[Array, ""],
     layout: Layout,
     window: int,
-) -> tuple[SampleState, Cache]:
+) -> tuple[SampleState, list[Cache]]:
     """Positions up to `stop`, or until every song has said all of its codes; `window` is repetition control's."""
     songs, count = state.heard.shape[0], len(context.rule.guidance)
 
-    def unfinished(carry: tuple[SampleState, Cache]) -> Array:
+    def unfinished(carry: tuple[SampleState, list[Cache]]) -> Array:
         state = carry[0]
         return (state.position < stop) & (state.position < layout.length(state.end)).any()
 
-    def step(carry: tuple[SampleState, Cache]) -> tuple[SampleState, Cache]:
+    def step(carry: tuple[SampleState, list[Cache]]) -> tuple[SampleState, list[Cache]]:
         (position, heard, said, end, logprob), cache = carry
         x = jnp.repeat(model.embed(heard[:, None], layout.place(position[None])), count, axis=0)
         kept = []
         for layer, lyrics, old in zip(model.layers, context.lyrics, cache):
-            x, new = layer.step(x, old, lyrics, context.memory.seen, position)
+            x, new = layer.step(x, old, lyrics, position)
             kept.append(new)
         logits = model.logits(x).reshape(songs, count, layout.streams, -1)
         allowed = layout.allowed(position, end, context.least, context.most)
@@ -127,7 +124,7 @@ def _first(given: Int[Array, "B T J"], position: Int[Array, ""], songs: int, lay
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "size"))
-def _prefill(model: SoundTransformer, context: Context, layout: Layout, size: int) -> Cache:
+def _prefill(model: SoundTransformer, context: Context, layout: Layout, size: int) -> list[Cache]:
     """The cache of `size` positions with their inputs given, in one forward pass; those not given are written later."""
     heard = jnp.pad(context.given, ((0, 0), (1, max(size - layout.positions, 0)), (0, 0)), constant_values=layout.bos)
     heard = jnp.where(heard < 0, layout.pad, heard)[:, :size]
@@ -135,7 +132,7 @@ def _prefill(model: SoundTransformer, context: Context, layout: Layout, size: in
     cache = []
     for layer in model.layers:
         x, kept = layer.prefill(x, context.memory)
-        cache.append(Pages(*(to_pages(part, min(PAGE, size)) for part in kept)))
+        cache.append(Cache(*map(rows, kept)))
     return cache
 
 
@@ -154,7 +151,7 @@ def _context(
 ) -> Context:
     """What stays the same; `known` frames of the targets are given. A draw's luck hangs on seed and position."""
     memory = model.memory(rows, kinds)
-    lyrics = [layer.cross_attention.keys_values(memory.states) for layer in model.layers]
+    lyrics = [layer.lyrics(memory) for layer in model.layers]
 
     def fortune(seed: Array, position: Array) -> Array:
         return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), position), (layout.streams,))
@@ -166,16 +163,25 @@ def _context(
     return Context(lyrics, memory, rule, luck, given, least, most)
 
 
-def grow(cache: Cache, pages: int) -> None:
-    """Gives every layer more pages, one array after the other: never is there more than one of them twice."""
-    for i, name in itertools.product(range(len(cache)), Pages._fields):
-        if len(old := getattr(cache[i], name)) < pages:
-            cache[i] = cache[i]._replace(**{name: _longer(old, pages)})
+def grow(cache: list[Cache], size: int) -> None:
+    """Gives every layer room for `size` positions, one array after the other: never is there more than one twice."""
+    for i, name in itertools.product(range(len(cache)), Cache._fields):
+        if (old := getattr(cache[i], name)).shape[-2] < size:
+            longer = jax.block_until_ready(_longer(old, size))  # else all of them are allocated before one is freed
+            cache[i] = cache[i]._replace(**{name: longer})
+            del old, longer
+            trim()
 
 
-@functools.partial(jax.jit, static_argnames="pages")
-def _longer(x: Float[Array, "P G H"], pages: int) -> Float[Array, "pages G H"]:
-    return jnp.pad(x, ((0, pages - len(x)), (0, 0), (0, 0)))
+def trim() -> None:
+    """Freed memory goes back to the system: glibc keeps arrays of some MiB, as much as the cache is big."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def _longer(x: Float[Array, "*R C H"], size: int) -> Float[Array, "*R size H"]:
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, size - x.shape[-2]), (0, 0)])
 
 
 def cache_size(positions: int, layout: Layout) -> int:
@@ -209,13 +215,13 @@ def sample_states(
     model = model.unstacked()
     context = _start(model, layout, prompt, rule, seeds, most, shortest, given)
     position = min(map(len, given)) * layout.codebooks // layout.streams  # the first that is not given to every song
-    size, page = cache_size(position + 1, layout), cache_size(1, layout)
-    rows = math.prod(context.lyrics[0].keys.shape[:2])  # of a page
+    size = cache_size(position + 1, layout)
     if position:
         cache = _prefill(model, context, layout, size)
     else:
-        shape = (rows * size // page, page, context.lyrics[0].keys.shape[-1])
-        cache = [Pages(jnp.zeros(shape, model.dtype), jnp.zeros(shape, model.dtype)) for _ in model.layers]
+        *batch, _, width = context.lyrics[0].keys.shape
+        shape = (*batch, size, width)
+        cache = [Cache(jnp.zeros(shape, model.dtype), jnp.zeros(shape, model.dtype)) for _ in model.layers]
     state = _first(context.given, np.int32(position), songs, layout)
     window = min(rule.repetition_window * layout.codebooks // layout.streams, layout.positions)
     window = window if context.rule.repetition is not None else 0
@@ -223,7 +229,7 @@ def sample_states(
     while position < layout.length(max(most)):
         stop = min(position + stretch, layout.length(max(most)))
         stretch = min(max(stretch, stop - begun), LONGEST * layout.codebooks // layout.streams)
-        grow(cache, rows * cache_size(stop, layout) // page)
+        grow(cache, cache_size(stop, layout))
         state, cache = _segment(model, context, state, cache, np.int32(stop), layout, window)
         yield SampleState(state.position, *(x[:songs] for x in state[1:]))
         if int(state.position) < stop:  # every song has ended

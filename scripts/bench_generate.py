@@ -45,7 +45,7 @@ from l2m_jax.audio import write_wav  # noqa: E402
 from l2m_jax.cli import load_preset  # noqa: E402
 from l2m_jax.codec import decode, decode_chunk, decoder_state  # noqa: E402
 from l2m_jax.config import SampleConfig  # noqa: E402
-from l2m_jax.model import LYRIC, Pages, Prompt, SoundTransformer  # noqa: E402
+from l2m_jax.model import LYRIC, Cache, Prompt, SoundTransformer  # noqa: E402
 from l2m_jax.tokens import make_layout  # noqa: E402
 from l2m_jax.weights import load_codec  # noqa: E402
 
@@ -89,10 +89,8 @@ class Loop:
         most = self.layout.frames
         self.context = sample._start(self.model, self.layout, prompt, RULE, [0], [most], [most], [none])
         self.at = at // self.layout.streams
-        page = sample.cache_size(1, self.layout)
-        pages = KEY_HEADS * sample.cache_size(self.at + 1, self.layout) // page
-        empty = jnp.zeros((pages, page, SMALL.head_width))
-        self.cache = [Pages(empty.copy(), empty.copy()) for _ in self.model.layers]
+        empty = jnp.zeros((sample.cache_size(self.at + 1, self.layout), SMALL.head_width))
+        self.cache = [Cache(empty.copy(), empty.copy()) for _ in self.model.layers]
         self.state = sample.SampleState(
             position=jnp.array(self.at),
             heard=jnp.zeros_like(self.context.given[:, 0]),
@@ -120,9 +118,7 @@ class Loop:
             (x.cross_attention.query, x.cross_attention.out, x.self_attention, x.up, x.down) for x in self.model.layers
         ]
         weights = sum(leaf.nbytes for leaf in jax.tree.leaves((layers, self.model.head, self.context.lyrics)))
-        return weights + sum(
-            leaf[:1].nbytes * self.at * KEY_HEADS // leaf.shape[1] for leaf in jax.tree.leaves(self.cache)
-        )
+        return weights + sum(leaf[..., :1, :].nbytes * self.at for leaf in jax.tree.leaves(self.cache))
 
 
 def copy_speed(size: int) -> float:
@@ -189,18 +185,20 @@ def memory() -> dict[str, float]:
     def live() -> int:
         return sum(array.nbytes for array in jax.live_arrays())
 
+    def walk(loop: Loop) -> None:
+        """To the end of the window."""
+        while loop.cache[0].keys.shape[-2] < loop.layout.positions:
+            loop.at = loop.cache[0].keys.shape[-2] + 1
+            sample.grow(loop.cache, sample.cache_size(loop.at + 2, loop.layout))
+            loop.run(2)
+
+    walk(Loop("flatten", 14_000))  # loads the programs of every size
     loop = Loop("flatten", 14_000)
     loop.run(2)
+    sample.trim()
     base = resident("VmRSS") - live()  # Python, JAX and compiled programs
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    while True:
-        loop.run(2)
-        size = loop.cache[0].keys.shape[0] * loop.cache[0].keys.shape[1] // KEY_HEADS
-        if size >= loop.layout.positions:
-            break
-        loop.at = size + 1
-        page = loop.cache[0].keys.shape[1]
-        sample.grow(loop.cache, KEY_HEADS * sample.cache_size(loop.at + 2, loop.layout) // page)
+    walk(loop)
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves((loop.model, loop.cache)))
     return {"peak": resident("VmHWM") - base, "weights_and_cache": needed}
 

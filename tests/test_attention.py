@@ -1,4 +1,4 @@
-"""Attention of every platform against the formula, forwards and backwards; a cache in pages; grouped heads."""
+"""Attention of every platform against the formula, forwards and backwards; decode steps; grouped heads."""
 
 import functools
 import json
@@ -13,7 +13,7 @@ import pytest
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from l2m_jax import attention as module
-from l2m_jax.attention import attend, attention, cached_attention, to_pages, write_page
+from l2m_jax.attention import attend, attention, rows, step_attention, write
 from l2m_jax.config import MeshConfig
 from l2m_jax.sharding import make_mesh
 
@@ -54,17 +54,26 @@ def test_attention(monkeypatch, small, key_heads):
     check("seen", jax.jit(lambda *x: attention(*x))(q[:, :, :5], k, v, seen), plain(q[:, :, :5], k, v, seen))
 
 
+@pytest.mark.parametrize("songs", [1, 2])
 @pytest.mark.parametrize("key_heads", [4, 2, 1])
-@pytest.mark.parametrize("at", [0, 3, 4, 15])
-def test_cached_attention(at, key_heads):
-    """The query of `at` equals that of the whole sequence, whatever lies in the pages behind it."""
-    q, k, v = random(2, 4, 16, 4), random(2, key_heads, 16, 4, seed=1), random(2, key_heads, 16, 4, seed=2)
+@pytest.mark.parametrize("at", [0, 3, 15])
+def test_a_step_attends_to_the_cache(at, key_heads, songs):
+    """The query of `at` equals that of the whole sequence, whatever lies in the cache behind it."""
+    q, *kv = random(songs, 4, 16, 4), random(songs, key_heads, 16, 4, seed=1), random(songs, key_heads, 16, 4, seed=2)
     behind = (jnp.arange(24) >= at)[:, None]
-    pages = [to_pages(jnp.where(behind, 1e4, jnp.pad(x, ((0, 0), (0, 0), (0, 8), (0, 0)))), 4) for x in (k, v)]
+    cache = [rows(jnp.where(behind, 1e4, jnp.pad(x, ((0, 0), (0, 0), (0, 8), (0, 0))))) for x in kv]
     now = slice(at, at + 1)
-    pages = [write_page(p, x[:, :, now], jnp.array(at)) for p, x in zip(pages, (k, v))]
-    ours = cached_attention(q[:, :, now], *pages, 2 * key_heads, jnp.array(at))
-    check("cached", ours, plain(q, k, v)[:, :, now])
+    cache = [write(c, x[:, :, now], jnp.array(at)) for c, x in zip(cache, kv)]
+    ours = step_attention(q[:, :, now], *cache, jnp.arange(24) <= at)
+    check("step", ours, plain(q, *kv)[:, :, now])
+
+
+@pytest.mark.parametrize("songs, key_heads", [(1, 1), (1, 2), (3, 2)])
+def test_a_step_attends_to_what_each_song_sees(songs, key_heads):
+    q, *kv = random(songs, 4, 1, 4), random(songs, key_heads, 9, 4, seed=1), random(songs, key_heads, 9, 4, seed=2)
+    seen = random_seen(songs, 9)
+    of_heads = rows(jnp.broadcast_to(seen[:, None], (songs, key_heads, 9)))
+    check("step", step_attention(q, *map(rows, kv), of_heads), plain(q, *kv, seen))
 
 
 def test_unseen_keys_change_nothing():

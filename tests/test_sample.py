@@ -12,7 +12,7 @@ from flax import nnx
 from l2m_jax import sample
 from l2m_jax.config import ModelConfig, SampleConfig, UserError
 from l2m_jax.data import prompt_rows
-from l2m_jax.model import Pages, Prompt, SoundTransformer
+from l2m_jax.model import Cache, Prompt, SoundTransformer
 from l2m_jax.rule import make_rule, variants
 from l2m_jax.sample import Context, Song, cache_size, said, sample_codes, sample_states
 from l2m_jax.tokens import Layout, make_layout
@@ -82,8 +82,8 @@ def masks(layout: Layout, songs: list[Song], frames: int, least: int, length: in
 
 
 @each_model
-def test_steps_equal_the_whole_forward_pass(monkeypatch, config: ModelConfig):
-    """Logits position by position through `Layer.step`, from nothing and from a prefilled cache, page after page."""
+def test_steps_equal_the_whole_forward_pass(config: ModelConfig):
+    """Logits position by position through `Layer.step`, from nothing and from a prefilled cache."""
     stacked, layout, prompt, keep = make_model(config), make_layout(config), make_prompt(2), jnp.ones((2, 2), bool)
     model = stacked.unstacked()
     rng = np.random.default_rng(5)
@@ -93,21 +93,19 @@ def test_steps_equal_the_whole_forward_pass(monkeypatch, config: ModelConfig):
     expected = np.asarray(forward(stacked, layout, ids, prompt, keep))[..., : layout.pad + 1]
 
     @jax.jit
-    def step(caches: list[Pages], ids, position):
+    def step(caches: list[Cache], ids, position):
         memory = model.memory(prompt, keep)
         x, new = model.embed(ids, layout.place(position[None])), []
         for layer, cache in zip(model.layers, caches):
-            lyrics = layer.cross_attention.keys_values(memory.states)
-            x, cache = layer.step(x, cache, lyrics, memory.seen, position)
+            x, cache = layer.step(x, cache, layer.lyrics(memory), position)
             new.append(cache)
         return model.logits(x), new
 
     for known in (0, 7):
-        caches = [Pages(*(jnp.full((4 * 4, 4, 8), 9.0) for _ in range(2))) for _ in range(2)]
+        caches = [Cache(*(jnp.full((4, 16, 8), 9.0) for _ in range(2))) for _ in range(2)]
         if known:  # what lies behind the known positions is written before it is read
             heard = jnp.where(jnp.arange(64)[None, :, None] < known, jnp.pad(ids[:, 1:], ((0, 0), (0, 54), (0, 0))), -1)
             context = Context([], model.memory(prompt, keep), make_rule(FREE), *[heard] * 4)
-            monkeypatch.setattr(sample, "PAGE", 4)
             caches = list(sample._prefill(model, context, layout, 16))
         got = []
         for i in range(known, 11):
