@@ -25,7 +25,7 @@ from l2m_jax.rule import Rule, draw, guide, make_rule, penalise, variants
 from l2m_jax.tokens import Layout
 
 FIRST, LONGEST = 75, 300  # frames between looks at the host: a stream begins early, and the longer it is the fewer
-PAGE = 1024  # positions by which the cache grows at least
+PAGE = 512  # positions by which the cache grows at least
 
 
 class SampleState(NamedTuple):
@@ -187,7 +187,7 @@ def _longer(x: Float[Array, "*R C H"], size: int) -> Float[Array, "*R size H"]:
 def cache_size(positions: int, layout: Layout) -> int:
     """Positions of the cache in which `positions` are run: few sizes are few compilations, small steps little waste."""
     page = min(PAGE, layout.positions)
-    step = page * (1 if positions <= 8 * page else 2)
+    step = page * (1 if positions <= 4 * page else 2 if positions <= 16 * page else 4)
     return min(-(-positions // step) * step, -(-layout.positions // page) * page)
 
 

@@ -290,7 +290,7 @@ def test_the_cache_grows_in_steps():
     layout = make_layout(ModelConfig())
     sizes = [cache_size(n, layout) for n in range(1, layout.positions + 1)]
     assert all(size >= n for n, size in enumerate(sizes, 1)) and max(sizes) == layout.positions
-    assert len(set(sizes)) <= 14 and sizes[0] == 1024 and sizes[15_999] <= 16_384
+    assert len(set(sizes)) <= 16 and sizes[0] == 512 and sizes[15_999] <= 16_384
     assert {cache_size(n, make_layout(FLATTEN)) for n in range(1, 65)} == {64}
 
 
