@@ -149,7 +149,7 @@ def _size(mesh: AbstractMesh, axes: tuple[str, ...] | None) -> int:
 
 
 def rows(x: Shaped[Array, "B K C *H"]) -> Shaped[Array, "*R C *H"]:
-    """Keys, values or what is seen of them as decode steps read and write them: R = B K rows; a single one stands without its axis.
+    """Keys, values or what is seen of them as decode steps read them: R = B K rows, a single one without its axis.
 
     With an axis of one XLA's CPU compiler copies the whole cache four times a step.
     """
