@@ -41,7 +41,7 @@ A model of l2m_jax: lyrics and a genre go in, a song comes out. Sing with it:
 | parameters | {millions:.1f} M, stored in float16 ({megabytes:.1f} MB) |
 | model | {layers} layers, {width} wide, {heads} heads, norm {norm}, layout {layout}, {codebooks} codebooks |
 | window | {frames} frames, {memory} rows of memory |
-| trained | {step} steps of {batch} songs, learning rate up to {lr} |
+| trained | {step} steps of {batch} songs, learning rate up to {lr}, guide {guide} |
 | genres | {genres} |
 | codec | {codec} [{codec_fingerprint}] |
 | text encoder | {text_encoder}, layer {text_layer} [{text_fingerprint}] |
@@ -94,7 +94,7 @@ def _card(run: Path, name: str, info: RunInfo, step: int, parameters: int, size:
         name=name, genre=shlex.quote(info.genres[0] if info.genres else ""), genres=", ".join(info.genres) or "none",
         millions=parameters / 1e6, megabytes=size / 1e6, step=step, batch=train.batch, lr=train.lr_max,
         layers=model.layers, width=model.width, heads=model.heads, norm=model.norm, layout=model.layout,
-        frames=model.frames, memory=model.memory, licence=licence, **info.made_with._asdict(),
+        guide=train.guide, frames=model.frames, memory=model.memory, licence=licence, **info.made_with._asdict(),
         evaluation=evaluation,
     )  # fmt: skip
 
