@@ -148,8 +148,8 @@ def _size(mesh: AbstractMesh, axes: tuple[str, ...] | None) -> int:
     return math.prod(mesh.shape.get(axis, 1) for axis in axes or ())
 
 
-def rows(x: Shaped[Array, "B K C *H"]) -> Shaped[Array, "*R C *H"]:
-    """Keys, values or what is seen of them as decode steps read them: R = B K rows, a single one without its axis.
+def as_rows(x: Shaped[Array, "B K C *H"]) -> Array:
+    """Keys, values or what is seen of them as decode steps read them: [R, C, *H] with R = B K, [C, *H] where R is 1.
 
     With an axis of one XLA's CPU compiler copies the whole cache four times a step.
     """
@@ -158,13 +158,13 @@ def rows(x: Shaped[Array, "B K C *H"]) -> Shaped[Array, "*R C *H"]:
 
 def write(cache: Float[Array, "*R C H"], x: Float[Array, "B K 1 H"], at: Int[Array, ""]) -> Float[Array, "*R C H"]:
     """The cache with position `at` set to x: in place, where it is the state of a compiled loop."""
-    return jax.lax.dynamic_update_slice_in_dim(cache, rows(x).astype(cache.dtype), at, axis=-2)
+    return jax.lax.dynamic_update_slice_in_dim(cache, as_rows(x).astype(cache.dtype), at, axis=-2)
 
 
 def step_attention(
     q: Float[Array, "B N 1 H"], k: Float[Array, "*R C H"], v: Float[Array, "*R C H"], seen: Bool[Array, "*#R C"]
 ) -> Float[Array, "B N 1 H"]:
-    """`attend` of a decode step: one query a head, keys and values as `rows`.
+    """`attend` of a decode step: one query a head, keys and values as `as_rows`.
 
     They are read where they lie. The products are [C, H] times [H, N / K], as the other way round XLA's CPU compiler
     runs them at a third of the rate, and what is normalised is the result, not the C weights.

@@ -135,7 +135,8 @@ class TrainConfig:
     """Largest global norm of the gradient."""
     guide: float = 0.0
     """Where songs have word times (words.csv): what it counts for, beside a code, that the first head of the middle
-    layer looks at the word that is being sung. From that the place in the lyrics is learnt sooner than from sound."""
+    layer looks at the word that is being sung (one look a position, which in `delay` says K codes). From that the place
+    in the lyrics is learnt sooner than from sound."""
     dropout: tuple[float, float, float] = (0.07, 0.06, 0.07)
     """Condition dropout, one draw a song: share of songs without lyrics, without genre, without both."""
     remat: Literal["none", "attention", "layer"] = "attention"

@@ -310,7 +310,8 @@ def make_example(record: Record, layout: Layout, memory: int) -> Example:
     if len(record.word_times):
         of_words = record.word >= 0
         rows_of_words = len(record.genre_states) + np.flatnonzero(of_words)
-        sung[rows_of_words] = record.word_times[record.word[of_words], :2] * (len(record.codes) / record.seconds)
+        frames = record.word_times[record.word[of_words], :2] * (len(record.codes) / record.seconds)
+        sung[rows_of_words] = np.minimum(frames, len(record.codes))  # a word may be said to end after the sound
     return Example(*layout.encode(record.codes), *rows, sung)
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from l2m_jax.data import Dataset, Example, make_example, read_manifest
 from l2m_jax.hosts import place
-from l2m_jax.model import KINDS, LYRIC, Layer, Prompt, SoundTransformer
+from l2m_jax.model import KINDS, LYRIC, Layer, SoundTransformer, prompt_of
 from l2m_jax.sharding import batch_sharding
 from l2m_jax.tokens import AnyArray, Layout
 
@@ -32,23 +32,31 @@ class Followed(NamedTuple):
 class Astray(NamedTuple):
     """What a head's look lacks at the word that is being sung."""
 
-    astray: Float[Array, ""]  # nats: minus the log of its weight there, summed
-    sung: Int[Array, ""]  # over so many positions
+    nats: Float[Array, ""]  # minus the log of its weight there, summed
+    positions: Int[Array, ""]  # over so many
 
 
 def astray(
-    looks: Float[Array, "B T M"], sung: Float[Array, "B S 2"], said: Bool[Array, "B T"], layout: Layout
+    keys: Float[Array, "B M H"],
+    seen: Bool[Array, "B M"],
+    times: Float[Array, "B S 2"],
+    queries: Float[Array, "B T H"],
+    frames: Float[Array, "1 T"],
+    said: Bool[Array, "B T"],
 ) -> Astray:
-    """How far looks (logits, -inf where nothing is) go astray, at positions that say something while a word is sung.
+    """How far a head's look goes astray at positions that say something of these `frames` while a word is sung.
 
-    A word of several pieces may be looked at in any of them. As a loss it makes attention walk along the words from the
-    first hundred steps on (compare Neekhara et al., 2024, where the times are not known).
+    `times` are those of each row's word in frames, NaN where they are not known. A word of several pieces may be looked
+    at in any of them. As a loss it makes attention walk along the words early on (compare Neekhara et al., 2024, where
+    the times are not known).
     """
-    frame = jnp.arange(looks.shape[1]) // positions_of_a_frame(layout) + 0.5  # the middle of the one that is said
-    sung = jnp.pad(sung, ((0, 0), (KINDS, 0), (0, 0)), constant_values=jnp.nan)[:, None]
-    now = (sung[..., 0] <= frame[:, None]) & (frame[:, None] < sung[..., 1]) & said[..., None] & (looks > -jnp.inf)
-    weight = jax.nn.logsumexp(jnp.where(now, looks, -1e9), axis=-1) - jax.nn.logsumexp(looks, axis=-1)
-    some = now.any(-1)
+    scores = jnp.einsum("bth,bmh->btm", queries, keys, preferred_element_type=jnp.float32) * keys.shape[-1] ** -0.5
+    times = jnp.pad(times, ((0, 0), (KINDS, 0), (0, 0)), constant_values=jnp.nan)[:, None]
+    sung = (times[..., 0] <= frames[..., None]) & (frames[..., None] < times[..., 1]) & said[..., None] & seen[:, None]
+    # -1e9, not -inf: rows without a sung word have a gradient too, of 0
+    there = jax.nn.logsumexp(jnp.where(sung, scores, -1e9), axis=-1)
+    weight = there - jax.nn.logsumexp(jnp.where(seen[:, None], scores, -1e9), axis=-1)
+    some = sung.any(-1)
     return Astray(-jnp.where(some, weight, 0.0).sum(), some.sum())
 
 
@@ -86,7 +94,7 @@ def diagonality(mass: Float[AnyArray, "*heads F R"]) -> Float[Array, "*heads"]:
 
 def follow(model: SoundTransformer, layout: Layout, songs: Example, frames: Int[Array, " B"]) -> Followed:
     """The diagonality of the best head on songs that are `frames` long, and what it looks at; one head at a time."""
-    ids, prompt = jnp.asarray(songs.ids), Prompt(songs.states, songs.kind, songs.section, songs.position)
+    ids, prompt = jnp.asarray(songs.ids), prompt_of(songs)
     memory = model.memory(prompt, jnp.ones((len(ids), KINDS), bool))
     lyrics = jnp.pad(songs.kind == LYRIC, ((0, 0), (KINDS, 0)))
     positions = positions_of_a_frame(layout)

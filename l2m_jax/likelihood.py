@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float
 from l2m_jax.bootstrap import estimate
 from l2m_jax.data import Dataset, Example, Record, prompt_rows
 from l2m_jax.lyrics import normalise_genre, parse_lyrics
-from l2m_jax.model import Prompt, SoundTransformer
+from l2m_jax.model import SoundTransformer, prompt_of
 from l2m_jax.tokens import Layout
 
 STRETCH = 5.0  # seconds of a point over song time
@@ -106,7 +106,7 @@ def nats_of_targets(
 ) -> Float[Array, "B T J"]:
     """Cross-entropy of each target, 0 of PAD: what `train.losses` sums. `chunk` positions' logits at a time."""
     ids, targets = jnp.asarray(batch.ids), jnp.asarray(batch.targets)
-    memory = model.memory(Prompt(batch.states, batch.kind, batch.section, batch.position), keep)
+    memory = model.memory(prompt_of(batch), keep)
     hidden = model.hidden(ids, layout.place(jnp.arange(ids.shape[1])), memory)
     size = math.gcd(chunk, ids.shape[1])
 

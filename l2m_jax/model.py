@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from l2m_jax.attention import attention, platform, rows, step_attention, write
+from l2m_jax.attention import as_rows, attention, platform, step_attention, write
 from l2m_jax.blockwise import KEPT
 from l2m_jax.config import ModelConfig
 from l2m_jax.lyrics import SECTIONS
@@ -42,6 +42,11 @@ class Prompt(NamedTuple):
     position: Int[AnyArray, "B S"]
 
 
+def prompt_of(example: Any) -> Prompt:
+    """The part of a `data.Example` that is the prompt."""
+    return Prompt(*(getattr(example, name) for name in Prompt._fields))
+
+
 class Memory(NamedTuple):
     """What cross-attention looks at: a null row a kind, then the prompt's rows."""
 
@@ -57,14 +62,14 @@ class KeysValues(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values of the positions so far, as `attention.rows`; room for more behind them."""
+    """Keys and values of the positions so far, as `attention.as_rows`; room for more behind them."""
 
     keys: Float[Array, "*R C H"]
     values: Float[Array, "*R C H"]
 
 
-class Lyrics(NamedTuple):
-    """What a layer's decode steps look at, as `attention.rows`."""
+class LyricCache(NamedTuple):
+    """What a layer's decode steps look at, as `attention.as_rows`."""
 
     keys: Float[Array, "*R M H"]
     values: Float[Array, "*R M H"]
@@ -74,8 +79,8 @@ class Lyrics(NamedTuple):
 class Look(NamedTuple):
     """How one head looks at the memory."""
 
-    queries: Float[Array, "*L B T H"]
-    keys: Float[Array, "*L B M H"]
+    queries: Float[Array, "B T H"]
+    keys: Float[Array, "B M H"]
 
 
 class Attention(nnx.Module):
@@ -155,14 +160,14 @@ class Layer(nnx.Module):
         lyrics = self.cross_attention.keys_values(memory.states)
         return *self._rest(x, attended, lambda q: attention(q, *lyrics, memory.seen)), lyrics.keys
 
-    def lyrics(self, memory: Memory) -> Lyrics:
+    def lyrics(self, memory: Memory) -> LyricCache:
         """What `step` looks at, computed once."""
         keys, values = self.cross_attention.keys_values(memory.states)
         seen = jnp.broadcast_to(memory.seen[:, None], keys.shape[:3])
-        return Lyrics(rows(keys), rows(values), rows(seen))
+        return LyricCache(as_rows(keys), as_rows(values), as_rows(seen))
 
     def step(
-        self, x: Float[Array, "B 1 D"], cache: Cache, lyrics: Lyrics, at: Int[Array, ""]
+        self, x: Float[Array, "B 1 D"], cache: Cache, lyrics: LyricCache, at: Int[Array, ""]
     ) -> tuple[Float[Array, "B 1 D"], Cache]:
         """Position `at`: its keys and values are written into the cache, which is returned."""
         before = self._before(self.norm1, x)
@@ -239,30 +244,30 @@ class SoundTransformer(nnx.Module):
         self, ids: Int[Array, "B T J"], place: Place, memory: Memory, remat: Remat = "none"
     ) -> Float[Array, "B T D"]:
         """States of every position, the whole sequence at once; `remat` is what the backward pass computes anew."""
-        return self.guided(ids, place, memory, remat, guided=False)[0]
+        return self._layers(ids, place, memory, remat, look=False)[0]
 
-    def guided(
-        self, ids: Int[Array, "B T J"], place: Place, memory: Memory, remat: Remat = "none", guided: bool = True
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T M"] | None]:
-        """The same, and how the first head of the middle layer looks at the memory: logits, -inf where nothing is."""
+    def hidden_and_look(
+        self, ids: Int[Array, "B T J"], place: Place, memory: Memory, remat: Remat = "none"
+    ) -> tuple[Float[Array, "B T D"], Look]:
+        """The same, and how the first head of the middle layer looks at the memory."""
+        x, look = self._layers(ids, place, memory, remat, look=True)
+        assert look is not None
+        return x, look
 
+    def _layers(self, ids: Array, place: Place, memory: Memory, remat: Remat, look: bool) -> tuple[Array, Look | None]:
         # On many devices a strip would have each gather the weights, and a device's share of a song is short already.
         alone = jax.sharding.get_abstract_mesh().empty or jax.sharding.get_abstract_mesh().size == 1
         strip = STRIP if alone and remat != "none" else 0
 
         def apply(x: Array, layer: Layer) -> tuple[Array, Look | None]:
-            x, look = gathered(layer)(x, memory, strip)
-            return spread(x, SONGS, "context"), look if guided else None
+            x, of_layer = gathered(layer)(x, memory, strip)
+            return spread(x, SONGS, "context"), of_layer if look else None
 
         if remat != "none":  # in a scan nothing of the forward pass can be mistaken for it: CSE need not be prevented
             keep = jax.checkpoint_policies.save_only_these_names(*([KEPT] if remat == "attention" else []))
             apply = jax.checkpoint(apply, policy=keep, prevent_cse=False)
         x, looks = jax.lax.scan(apply, spread(self.embed(ids, place), SONGS, "context"), self.layers)
-        if looks is None:
-            return x, None
-        queries, keys = jax.tree.map(lambda of_layers: of_layers[self.depth // 2], looks)
-        scores = jnp.einsum("bth,bmh->btm", queries, keys, preferred_element_type=jnp.float32)
-        return x, jnp.where(memory.seen[:, None], scores * keys.shape[-1] ** -0.5, -jnp.inf)
+        return x, jax.tree.map(lambda of_layers: of_layers[self.depth // 2], looks)
 
     def logits(self, hidden: Float[Array, "*T D"]) -> Float[Array, "*T J W"]:
         """Float32 logits of every stream; ids that pad the space are -inf."""

@@ -10,6 +10,7 @@ import collections
 import ctypes
 import functools
 import itertools
+import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -18,14 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from l2m_jax.attention import rows
+from l2m_jax.attention import as_rows, platform
 from l2m_jax.config import SampleConfig, UserError
-from l2m_jax.model import Cache, Lyrics, Memory, Prompt, SoundTransformer
+from l2m_jax.model import Cache, LyricCache, Memory, Prompt, SoundTransformer
 from l2m_jax.rule import Rule, draw, guide, make_rule, penalise, variants
 from l2m_jax.tokens import Layout
 
 FIRST, LONGEST = 75, 300  # frames between looks at the host: a stream begins early, and the longer it is the fewer
-PAGE = 512  # positions by which the cache grows at least
+ROOM = 512  # positions by which the cache grows at least
+FREE = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # glibc's
 
 
 class SampleState(NamedTuple):
@@ -41,7 +43,7 @@ class SampleState(NamedTuple):
 class Context(NamedTuple):
     """What stays the same from step to step, computed once. R = B x variants rows: guidance computes several."""
 
-    lyrics: list[Lyrics]  # of each layer
+    lyrics: list[LyricCache]  # of each layer
     memory: Memory  # [R, M, D]
     rule: Rule
     luck: Float[Array, "B T J"]  # uniform in [0, 1): a number a draw
@@ -126,13 +128,13 @@ def _first(given: Int[Array, "B T J"], position: Int[Array, ""], songs: int, lay
 @functools.partial(jax.jit, static_argnames=("layout", "size"))
 def _prefill(model: SoundTransformer, context: Context, layout: Layout, size: int) -> list[Cache]:
     """The cache of `size` positions with their inputs given, in one forward pass; those not given are written later."""
-    heard = jnp.pad(context.given, ((0, 0), (1, max(size - layout.positions, 0)), (0, 0)), constant_values=layout.bos)
+    heard = jnp.pad(context.given, ((0, 0), (1, 0), (0, 0)), constant_values=layout.bos)
     heard = jnp.where(heard < 0, layout.pad, heard)[:, :size]
     x = jnp.repeat(model.embed(heard, layout.place(jnp.arange(size))), len(context.rule.guidance), axis=0)
     cache = []
     for layer in model.layers:
         x, kept = layer.prefill(x, context.memory)
-        cache.append(Cache(*map(rows, kept)))
+        cache.append(Cache(*map(as_rows, kept)))
     return cache
 
 
@@ -175,8 +177,8 @@ def grow(cache: list[Cache], size: int) -> None:
 
 def trim() -> None:
     """Freed memory goes back to the system: glibc keeps arrays of some MiB, as much as the cache is big."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)
+    if FREE and platform() == "cpu":
+        FREE(0)
 
 
 @functools.partial(jax.jit, static_argnames="size")
@@ -186,9 +188,10 @@ def _longer(x: Float[Array, "*R C H"], size: int) -> Float[Array, "*R size H"]:
 
 def cache_size(positions: int, layout: Layout) -> int:
     """Positions of the cache in which `positions` are run: few sizes are few compilations, small steps little waste."""
-    page = min(PAGE, layout.positions)
-    step = page * (1 if positions <= 4 * page else 2 if positions <= 16 * page else 4)
-    return min(-(-positions // step) * step, -(-layout.positions // page) * page)
+    step = ROOM * (1 if positions <= 4 * ROOM else 2 if positions <= 16 * ROOM else 4)
+    if layout.positions <= 2 * ROOM:
+        step = layout.positions
+    return min(-(-positions // step) * step, layout.positions)
 
 
 def sample_states(

@@ -6,6 +6,7 @@ The batch of step n depends on (seed, n, row) alone, and so do the draws that ar
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,8 +20,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from l2m_jax.config import Config, TrainConfig
 from l2m_jax.data import Example
-from l2m_jax.follow import Astray, astray
-from l2m_jax.model import KINDS, Prompt, Remat, SoundTransformer
+from l2m_jax.follow import Astray, astray, positions_of_a_frame
+from l2m_jax.model import KINDS, Remat, SoundTransformer, prompt_of
 from l2m_jax.optim import optimizer
 from l2m_jax.sharding import batch_sharding, check_divides, gathered, position_sharding, state_shardings
 from l2m_jax.tokens import AnyArray, Layout, make_layout, windows
@@ -34,12 +35,11 @@ class TrainState(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """Sums over the targets that count, a stream each; the loss is their quotient. And those of `follow.Astray`."""
+    """Sums over the targets that count, a stream each; the loss is their quotient."""
 
     nats: Float[Array, " J"]
     codes: Int[Array, " J"]
-    astray: Float[Array, ""]
-    sung: Int[Array, ""]
+    astray: Astray
 
 
 def keep_conditions(
@@ -68,8 +68,13 @@ def losses(
     """
     ids, targets = jnp.asarray(batch.ids), jnp.asarray(batch.targets)
     model = gathered(model)
-    memory = model.memory(Prompt(batch.states, batch.kind, batch.section, batch.position), keep)
-    hidden, looks = model.guided(ids, layout.place(jnp.arange(ids.shape[1])), memory, remat, guided)
+    memory, places = model.memory(prompt_of(batch), keep), layout.place(jnp.arange(ids.shape[1]))
+    look = None
+    if guided:
+        hidden, look = model.hidden_and_look(ids, places, memory, remat)
+    else:
+        hidden = model.hidden(ids, places, memory, remat)
+    frames = (jnp.arange(ids.shape[1]) // positions_of_a_frame(layout) + 0.5)[None]  # the middle of what is said
     shards = jax.sharding.get_abstract_mesh().shape.get("context", 1)
     size = math.gcd(chunk, ids.shape[1] // shards)
 
@@ -77,20 +82,21 @@ def losses(
         return jnp.moveaxis(x.reshape(x.shape[0], shards, -1, size, *x.shape[2:]), 2, 0)
 
     @jax.checkpoint
-    def add(totals: Totals, part: tuple[Array, Array]) -> tuple[Totals, None]:
-        hidden, targets = part
+    def add(totals: Totals, part: tuple[Array, Array, Array, Array | None]) -> tuple[Totals, None]:
+        hidden, targets, frames, queries = part
         counts = targets != layout.pad
         nats = optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden), targets)
         nats = jnp.where(counts, nats, 0.0)
-        nats, codes = totals.nats + nats.sum((0, 1, 2)), totals.codes + counts.sum((0, 1, 2))
-        return totals._replace(nats=nats, codes=codes), None
+        found = Totals(nats.sum((0, 1, 2)), counts.sum((0, 1, 2)), none)
+        if look is not None:
+            of_shard = jax.vmap(functools.partial(astray, look.keys, memory.seen, jnp.asarray(batch.sung)), 1)
+            found = found._replace(astray=jax.tree.map(jnp.sum, of_shard(queries, frames, counts.any(-1))))
+        return jax.tree.map(jnp.add, totals, found), None
 
     none = Astray(jnp.zeros(()), jnp.zeros((), jnp.int32))
-    zero = Totals(jnp.zeros(layout.streams), jnp.zeros(layout.streams, jnp.int32), *none)
-    totals = jax.lax.scan(add, zero, (split(hidden), split(targets)))[0]
-    if looks is None or batch.sung is None:
-        return totals
-    return totals._replace(**astray(looks, jnp.asarray(batch.sung), (targets != layout.pad).any(-1), layout)._asdict())
+    zero = Totals(jnp.zeros(layout.streams), jnp.zeros(layout.streams, jnp.int32), none)
+    parts = (split(hidden), split(targets), split(frames), None if look is None else split(look.queries))
+    return jax.lax.scan(add, zero, parts)[0]
 
 
 def make_step(
@@ -109,7 +115,7 @@ def make_step(
 
         def loss(model: SoundTransformer, batch: Example, keep: Array) -> tuple[Array, Totals]:
             totals = losses(model, batch, keep, layout, train.chunk, train.remat, train.guide > 0)
-            return (totals.nats.sum() + train.guide * totals.astray) / total, totals
+            return (totals.nats.sum() + train.guide * totals.astray.nats) / total, totals
 
         def micro(carry: tuple, part: tuple[Example, Array]) -> tuple[tuple, None]:
             (_, totals), gradient = jax.value_and_grad(loss, has_aux=True)(state.model, *part)
@@ -130,7 +136,7 @@ def make_step(
             for j in range(layout.streams):
                 metrics[f"loss_{j}"] = totals.nats[j] / totals.codes[j]
         if train.guide:
-            metrics["astray"] = totals.astray / jnp.maximum(totals.sung, 1)
+            metrics["astray"] = totals.astray.nats / totals.astray.positions  # NaN where no word is sung
         return TrainState(optax.apply_updates(state.model, updates), new), metrics
 
     return step

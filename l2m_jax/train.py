@@ -31,7 +31,7 @@ from l2m_jax.data import Dataset, Example, batches, make_example
 from l2m_jax.follow import make_follow
 from l2m_jax.hosts import Agreement, decide, lead, meet, place, rows_here, together
 from l2m_jax.log import Log, Silence
-from l2m_jax.model import Prompt, SoundTransformer
+from l2m_jax.model import SoundTransformer, prompt_of
 from l2m_jax.optim import schedule
 from l2m_jax.progress import say
 from l2m_jax.sample import sample_codes
@@ -222,6 +222,8 @@ def make_evaluate(config: Config, layout: Layout, valid: Dataset, program: Progr
 
 def _report(log: Log | Silence, step: int, metrics: dict[str, Any], lr: float, began: float) -> float:
     values = {"loss": float(metrics["loss"])} | {name: float(value) for name, value in metrics.items()}
+    if math.isnan(values.get("astray", 0.0)):  # no word of this batch has a time
+        del values["astray"]
     codes = values.pop("codes")
     now = time.perf_counter()
     log.metrics(step, values | {"lr": lr, "codes_per_s": codes / (now - began)})
@@ -250,7 +252,7 @@ def _sample(
         mine = jax.local_devices()[:1]
         model = jax.device_put(model, mine[0])
     example = make_example(dataset[0], layout, config.model.memory)
-    prompt = Prompt(*(np.asarray(x)[None] for x in example[2:6]))
+    prompt = jax.tree.map(lambda x: np.asarray(x)[None], prompt_of(example))
     frames = min(round(config.train.sample_seconds * codec.pace), layout.frames)
     with jax.set_mesh(make_mesh(MeshConfig(data=1), mine)) if mine else contextlib.nullcontext():
         song = sample_codes(model, layout, prompt, SampleConfig(), [config.train.seed], max(frames, 1))[0]

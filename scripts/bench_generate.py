@@ -51,7 +51,6 @@ from l2m_jax.weights import load_codec  # noqa: E402
 
 RULE = SampleConfig(temperature=1.0, top_k=250, guidance_lyrics=1.0, guidance_genre=1.0)
 SMALL = load_preset("small").model
-KEY_HEADS = SMALL.key_width // SMALL.head_width
 LYRICS = 256  # states, as the yardsticks have
 
 
@@ -89,7 +88,8 @@ class Loop:
         most = self.layout.frames
         self.context = sample._start(self.model, self.layout, prompt, RULE, [0], [most], [most], [none])
         self.at = at // self.layout.streams
-        empty = jnp.zeros((sample.cache_size(self.at + 1, self.layout), SMALL.head_width))
+        *rows, _, width = self.context.lyrics[0].keys.shape
+        empty = jnp.zeros((*rows, sample.cache_size(self.at + 1, self.layout), width))
         self.cache = [Cache(empty.copy(), empty.copy()) for _ in self.model.layers]
         self.state = sample.SampleState(
             position=jnp.array(self.at),

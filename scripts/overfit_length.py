@@ -24,7 +24,7 @@ from rich.console import Console
 from l2m_jax.checkpoint import load_model, open_checkpoints
 from l2m_jax.config import Config, ModelConfig, SampleConfig, TrainConfig
 from l2m_jax.data import Dataset, Record, make_example
-from l2m_jax.model import Prompt, SoundTransformer
+from l2m_jax.model import SoundTransformer, prompt_of
 from l2m_jax.prepare import prepare
 from l2m_jax.progress import say
 from l2m_jax.sample import sample_codes
@@ -77,7 +77,7 @@ def make_config(job: Lengths, frames: int, steps: int) -> Config:
 def given_back(model: SoundTransformer, layout: Layout, record: Record) -> float:
     """Share of the song's codes that greedy generation from its lyrics says, each in its place."""
     example = make_example(record, layout, MEMORY)
-    prompt = Prompt(*(np.asarray(getattr(example, name))[None] for name in Prompt._fields))
+    prompt = jax.tree.map(lambda x: np.asarray(x)[None], prompt_of(example))
     rule = SampleConfig(temperature=0, guidance_lyrics=1)
     song = sample_codes(model, layout, prompt, rule, [0], len(record.codes))[0]
     shared = min(len(record.codes), len(song.codes))

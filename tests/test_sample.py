@@ -116,20 +116,24 @@ def test_steps_equal_the_whole_forward_pass(config: ModelConfig):
         assert error <= 1e-5
 
 
-@each_model
-@pytest.mark.parametrize("rule, page", [(GREEDY, 16), (FREE, 64)], ids=["greedy-growing", "free"])
-def test_songs_equal_the_whole_forward_pass(monkeypatch, config: ModelConfig, rule: SampleConfig, page: int):
+@pytest.mark.parametrize(
+    "config, count",
+    [(FLATTEN, 4), (DELAY, 4), (dataclasses.replace(FLATTEN, key_heads=1), 1)],
+    ids=["flatten", "delay", "one-row"],
+)
+@pytest.mark.parametrize("rule, room", [(GREEDY, 16), (FREE, 64)], ids=["greedy-growing", "free"])
+def test_songs_equal_the_whole_forward_pass(monkeypatch, config, count, rule: SampleConfig, room: int):
     """A greedy song is the argmax of the forward pass on it, a drawn one has its probability, as caches grow."""
-    monkeypatch.setattr(sample, "PAGE", page)
+    monkeypatch.setattr(sample, "ROOM", room)
     monkeypatch.setattr(sample, "FIRST", 10)
-    layout, prompt, frames = make_layout(config), make_prompt(4), config.frames
+    layout, prompt, frames = make_layout(config), make_prompt(count), config.frames
     least = frames if rule is GREEDY else 3
-    songs, targets = run(config, prompt, rule, [1, 2, 3, 4], frames, least)
-    assert layout.length(max(len(song.codes) for song in songs)) > 48
+    songs, targets = run(config, prompt, rule, [1, 2, 3, 4][:count], frames, least)
+    assert layout.length(max(len(song.codes) for song in songs)) > (48 if rule is GREEDY or count > 1 else 0)
     ids = np.stack([layout.encode(song.codes).ids for song in songs])
     np.testing.assert_array_equal(targets, np.stack([layout.encode(song.codes).targets for song in songs]))
     length = layout.length(frames)
-    logits = np.asarray(forward(make_model(config), layout, jnp.asarray(ids), prompt, jnp.ones((4, 2), bool)))
+    logits = np.asarray(forward(make_model(config), layout, jnp.asarray(ids), prompt, jnp.ones((count, 2), bool)))
     allowed = masks(layout, songs, frames, least, length)
     logits, targets = np.where(allowed, logits[:, :length], -np.inf), targets[:, :length]
     if rule is GREEDY:
@@ -221,7 +225,7 @@ def test_each_song_ends_on_its_own(monkeypatch, config: ModelConfig):
 @each_model
 def test_songs_begin_with_what_is_given(monkeypatch, config: ModelConfig):
     """Prefilled or said step by step, what is given stays, and the songs go on as if they had said it themselves."""
-    monkeypatch.setattr(sample, "PAGE", 16)
+    monkeypatch.setattr(sample, "ROOM", 16)
     layout, prompt, seeds, model = make_layout(config), make_prompt(4), [1, 2, 3, 4], make_model(config)
     *_, state = sample_states(model, layout, prompt, FREE, seeds, 24, least=24)
     songs = said(state, layout, 24)
@@ -292,6 +296,7 @@ def test_the_cache_grows_in_steps():
     assert all(size >= n for n, size in enumerate(sizes, 1)) and max(sizes) == layout.positions
     assert len(set(sizes)) <= 16 and sizes[0] == 512 and sizes[15_999] <= 16_384
     assert {cache_size(n, make_layout(FLATTEN)) for n in range(1, 65)} == {64}
+    assert cache_size(1, make_layout(ModelConfig(layout="delay", frames=575))) == 576
 
 
 @pytest.mark.parametrize(

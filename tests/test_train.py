@@ -23,7 +23,7 @@ from l2m_jax.checkpoint import RunInfo, load_model, prepare_run, read_run, write
 from l2m_jax.config import Config, MeshConfig, UserError
 from l2m_jax.data import Dataset, Example, batches, make_example
 from l2m_jax.log import Log
-from l2m_jax.model import Prompt
+from l2m_jax.model import prompt_of
 from l2m_jax.sharding import make_mesh
 from l2m_jax.step import keep_conditions, losses, make_program
 from l2m_jax.tokens import make_layout
@@ -202,7 +202,7 @@ def test_loss_is_the_mean_over_codes_and_does_not_depend_on_chunk_or_remat(prepa
     total = jax.jit(lambda m, b, k: losses(m, b, k, LAYOUT, 16, "layer"))(model, batch, keep)
 
     def plain(model, batch):
-        memory = model.memory(Prompt(*batch[2:6]), keep)
+        memory = model.memory(prompt_of(batch), keep)
         hidden = model.hidden(batch.ids, LAYOUT.place(jnp.arange(batch.ids.shape[1])), memory)
         return jax.nn.log_softmax(model.logits(hidden))
 
