@@ -88,7 +88,7 @@ def losses(
         nats = optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden), targets)
         nats = jnp.where(counts, nats, 0.0)
         found = Totals(nats.sum((0, 1, 2)), counts.sum((0, 1, 2)), none)
-        if look is not None:
+        if look is not None and queries is not None:
             of_shard = jax.vmap(functools.partial(astray, look.keys, memory.seen, jnp.asarray(batch.sung)), 1)
             found = found._replace(astray=jax.tree.map(jnp.sum, of_shard(queries, frames, counts.any(-1))))
         return jax.tree.map(jnp.add, totals, found), None

@@ -16,6 +16,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import tyro
 from overfit import cut
