@@ -115,4 +115,4 @@ def test_what_ships_is_small_and_sings():
     song = singer.generate(lyrics, "waltz")
     heard = listen(song.samples, singer.codec.rate, lyrics)
     print(f"asked {heard.asked}, sung {heard.names}")
-    assert song.ended and heard.accuracy > 0.8
+    assert song.ended and heard.accuracy > 0.9
