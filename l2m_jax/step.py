@@ -64,6 +64,7 @@ def losses(
 ) -> Totals:
     """Cross-entropy of the next code over the whole id space, PAD ignored, `chunk` positions' logits at a time.
 
+    With `guided` also what the first head of the middle layer goes `follow.astray` by.
     Where positions are split over devices, each goes through its own: no chunk reaches over the edge of a shard.
     """
     ids, targets = jnp.asarray(batch.ids), jnp.asarray(batch.targets)
