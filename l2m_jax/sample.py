@@ -27,7 +27,7 @@ from l2m_jax.tokens import Layout
 
 FIRST, LONGEST = 75, 300  # frames between looks at the host: a stream begins early, and the longer it is the fewer
 ROOM = 512  # positions by which the cache grows at least
-FREE = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # glibc's
+MALLOC_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 class SampleState(NamedTuple):
@@ -177,8 +177,8 @@ def grow(cache: list[Cache], size: int) -> None:
 
 def trim() -> None:
     """Freed memory goes back to the system: glibc keeps arrays of some MiB, as much as the cache is big."""
-    if FREE and platform() == "cpu":
-        FREE(0)
+    if MALLOC_TRIM and platform() == "cpu":
+        MALLOC_TRIM(0)
 
 
 @functools.partial(jax.jit, static_argnames="size")
@@ -188,7 +188,7 @@ def _longer(x: Float[Array, "*R C H"], size: int) -> Float[Array, "*R size H"]:
 
 def cache_size(positions: int, layout: Layout) -> int:
     """Positions of the cache in which `positions` are run: few sizes are few compilations, small steps little waste."""
-    step = ROOM * (1 if positions <= 4 * ROOM else 2 if positions <= 16 * ROOM else 4)
+    step = ROOM * (1 if positions <= 4 * ROOM else 2 if positions <= 12 * ROOM else 4)
     if layout.positions <= 2 * ROOM:
         step = layout.positions
     return min(-(-positions // step) * step, layout.positions)

@@ -70,11 +70,8 @@ def losses(
     ids, targets = jnp.asarray(batch.ids), jnp.asarray(batch.targets)
     model = gathered(model)
     memory, places = model.memory(prompt_of(batch), keep), layout.place(jnp.arange(ids.shape[1]))
-    look = None
-    if guided:
-        hidden, look = model.hidden_and_look(ids, places, memory, remat)
-    else:
-        hidden = model.hidden(ids, places, memory, remat)
+    asked = ids, places, memory, remat
+    hidden, look = model.hidden_and_look(*asked) if guided else (model.hidden(*asked), None)
     frames = (jnp.arange(ids.shape[1]) // positions_of_a_frame(layout) + 0.5)[None]  # the middle of what is said
     shards = jax.sharding.get_abstract_mesh().shape.get("context", 1)
     size = math.gcd(chunk, ids.shape[1] // shards)

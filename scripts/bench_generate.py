@@ -13,7 +13,8 @@ rounds; compilation is timed apart. A code is one of K = 2 a frame. Prints one J
                           bytes read and written each second by copying as much memory, by one thread or two
     first_sound_s         a new process with compiled programs in the cache: from a loaded model and lyric states to the
                           first second of samples; first_sound_process_s: from its start, imports and model included
-    memory                peak of the loop's growth over weights and cache, up to the whole window of `flatten`
+    memory                peak of the loop's growth over weights and cache, up to the whole window of `flatten`; the
+                          programs of every size were loaded before, and freed memory handed back
 """
 
 from __future__ import annotations

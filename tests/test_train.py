@@ -22,7 +22,7 @@ from l2m_jax import train as module
 from l2m_jax.checkpoint import RunInfo, load_model, prepare_run, read_run, write_run
 from l2m_jax.config import Config, MeshConfig, UserError
 from l2m_jax.data import Dataset, Example, batches, make_example
-from l2m_jax.log import Log
+from l2m_jax.log import Log, Silence
 from l2m_jax.model import prompt_of
 from l2m_jax.sharding import make_mesh
 from l2m_jax.step import keep_conditions, losses, make_program
@@ -254,6 +254,18 @@ def test_how_many_songs_can_guide_is_said(tmp_path, prepared):
         says = io.StringIO()
         module.report_songs(Dataset(folder), changed(model={"frames": 48}, guide=1.0), Console(file=says, width=300))
         assert says.getvalue().startswith(f"note: {note} songs have word times (words.csv); train.guide does nothing")
+
+
+def test_what_no_word_of_a_batch_says_is_not_told():
+    told = {}
+
+    class Kept(Silence):
+        def metrics(self, step, values):
+            told[step] = values
+
+    for step, astray in enumerate((0.5, np.nan)):
+        module._report(Kept(), step, dict(loss=1.0, grad_norm=1.0, codes=8, astray=astray), 1e-3, 0.0)
+    assert told[0]["astray"] == 0.5 and "astray" not in told[1]
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_is_not_kept(tmp_path, prepared):
