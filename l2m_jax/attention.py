@@ -33,11 +33,19 @@ def attend(
     v: Float[Array, "B K C H"],
     seen: Bool[Array, "#B #Q C"],
 ) -> Float[Array, "B N Q H"]:
-    """softmax(q k^T / sqrt(H)) v over the keys `seen`, scores and softmax in float32 (Vaswani et al., 2017)."""
-    groups = q.reshape(q.shape[0], k.shape[1], -1, *q.shape[2:])
-    scores = jnp.einsum("bkgqh,bkch->bkgqc", groups, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -jnp.inf), axis=-1)
-    return jnp.einsum("bkgqc,bkch->bkgqh", weights.astype(v.dtype), v).reshape(q.shape)
+    """softmax(q k^T / sqrt(H)) v over the keys `seen`, scores and softmax in float32 (Vaswani et al., 2017).
+
+    The queries that share a key head stand in one row, and axes of one are left out: beside such an axis XLA's CPU
+    compiler sums at a tenth of the rate.
+    """
+    ones = tuple(axis for axis, size in enumerate(k.shape[:2]) if size == 1)
+    heads, k, v = k.shape[1], k.squeeze(ones), v.squeeze(ones)
+    if seen.shape[1] > 1:
+        seen = jnp.tile(seen, (1, q.shape[1] // heads, 1))
+    rows = q.reshape(*k.shape[:-2], -1, q.shape[-1])
+    scores = jnp.einsum("...qh,...ch->...qc", rows, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    weights = jax.nn.softmax(jnp.where(seen[:, None].squeeze(ones), scores, -jnp.inf), axis=-1)
+    return jnp.einsum("...qc,...ch->...qh", weights.astype(v.dtype), v).reshape(q.shape)
 
 
 def attention(

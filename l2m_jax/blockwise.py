@@ -18,9 +18,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-BLOCK = (
-    512  # queries, and keys, at a time: 512 x 512 float32 scores stay in a core's cache; measured against 256, 1,024
-)
+BLOCK = 512  # positions of queries, and keys, at a time; measured against 256, 384, 768 and 1,024
+ROWS = 2048  # queries of all heads of a group at a time: larger products run faster, up to here
 KEPT = "attention"  # what a remat policy can keep of the forward pass: result and log-sum-exp
 LOWEST = -1e30  # below every score, and finite: differences are numbers
 
@@ -44,7 +43,7 @@ def blockwise_attention(
 
 def _forward(q: Array, k: Array, v: Array, start: Array | None, seen: Array | None, together: bool) -> list[Array]:
     """The result, and the log-sum-exp of every query's scores, [R, I, Q]."""
-    count = _positions(q, k)
+    count, q = _positions(q, k), _scaled(q)
 
     def row(q: Array, k: Array, v: Array, bias: Array | None) -> tuple[Array, Array]:
         def block(part: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -52,7 +51,7 @@ def _forward(q: Array, k: Array, v: Array, start: Array | None, seen: Array | No
 
             def add(position: Array | None, j: Array, carry: tuple) -> tuple:
                 out, top, total = carry
-                scores = _dot("qh,gh->qg", q, _at(k, j)) * q.shape[-1] ** -0.5
+                scores = _dot("qh,gh->qg", q, _at(k, j))
                 if bias is not None:
                     scores += _at(bias, j)
                 if position is not None:
@@ -81,7 +80,7 @@ def _kept_forward(q: Array, k: Array, v: Array, start: Array | None, seen: Array
 def _backward(together: bool, kept: tuple, grad: Array) -> tuple:
     """Gradients of q, k and v. Scores stand as [G, Q] and q's gradient as [H, Q]: no product turns its left side."""
     q, k, v, start, seen, out, lse = kept
-    count = _positions(q, k)
+    count, q = _positions(q, k), _scaled(q)
 
     def row(
         q: Array, k: Array, v: Array, bias: Array | None, out: Array, lse: Array, grad: Array
@@ -94,13 +93,13 @@ def _backward(together: bool, kept: tuple, grad: Array) -> tuple:
 
             def add(position: Array | None, j: Array, carry: tuple) -> tuple:
                 dq, dk, dv = carry
-                scores = _dot("gh,qh->gq", _at(k, j), q) * q.shape[-1] ** -0.5
+                scores = _dot("gh,qh->gq", _at(k, j), q)
                 if bias is not None:
                     scores += _at(bias, j)[:, None]
                 if position is not None:
                     scores = jnp.where(_keys(k, j)[:, None] <= position, scores, -jnp.inf)
                 weights = jnp.exp(scores - lse)
-                ds = (weights * (_dot("gh,qh->gq", _at(v, j), grad) - shift) * q.shape[-1] ** -0.5).astype(q.dtype)
+                ds = (weights * (_dot("gh,qh->gq", _at(v, j), grad) - shift)).astype(q.dtype)
                 dk = _add_at(dk, j, _dot("gq,qh->gh", ds, q))
                 dv = _add_at(dv, j, _dot("gq,qh->gh", weights.astype(q.dtype), grad))
                 return dq + _dot("hg,gq->hq", _at(turned, j), ds), dk, dv
@@ -116,7 +115,7 @@ def _backward(together: bool, kept: tuple, grad: Array) -> tuple:
     parts = _queries(q, k), _keys_in_blocks(k), _keys_in_blocks(v), _bias(start is not None, seen, k)
     dq, dk, dv = _over_rows(row, together, (*parts, _queries(out, k), lse, _queries(grad, k)))
     dk, dv = (x.reshape(*k.shape[:2], -1, k.shape[3])[:, :, : k.shape[2]] for x in (dk, dv))
-    return _whole(dq, q, k), dk, dv, None, None
+    return _scaled(_whole(dq, q, k)), dk, dv, None, None
 
 
 blockwise_attention.defvjp(_kept_forward, _backward)
@@ -140,9 +139,14 @@ def _over_keys(add: Callable, first: Array | None, count: int, q: Array, k: Arra
     return jax.lax.fori_loop(before, touched, functools.partial(add, first + jnp.arange(len(q)) % count), carry)
 
 
+def _scaled(q: Array) -> Array:
+    """Queries over sqrt(H): cheaper than the scores over it, of which there are C / H times as many."""
+    return q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+
+
 def _positions(q: Array, k: Array) -> int:
-    """Positions of a block of queries: with those of all heads of a group it holds about `BLOCK`."""
-    return _even(q.shape[2], max(BLOCK * k.shape[1] // q.shape[1], 8))
+    """Positions of a block of queries, which holds them for all heads of a group."""
+    return _even(q.shape[2], max(min(BLOCK, ROWS * k.shape[1] // q.shape[1]), 8))
 
 
 def _even(length: int, size: int) -> int:

@@ -99,15 +99,15 @@ class Attention(nnx.Module):
 
     def queries(self, x: Float[Array, "B T D"]) -> Float[Array, "B N T H"]:
         """Queries of each head."""
-        return self._split(self.query(x))
+        return self._split(_of_rows(self.query, x))
 
     def keys_values(self, x: Float[Array, "B T D"]) -> KeysValues:
         """Keys and values of each key head."""
-        return KeysValues(self._split(self.key(x)), self._split(self.value(x)))
+        return KeysValues(self._split(_of_rows(self.key, x)), self._split(_of_rows(self.value, x)))
 
     def merge(self, heads: Float[Array, "B N T H"]) -> Float[Array, "B T D"]:
         """The heads' results put together."""
-        return self.out(heads.swapaxes(1, 2).reshape(heads.shape[0], heads.shape[2], -1))
+        return _of_rows(self.out, heads.swapaxes(1, 2).reshape(heads.shape[0], heads.shape[2], -1))
 
 
 class Layer(nnx.Module):
@@ -188,15 +188,16 @@ class Layer(nnx.Module):
         x = self._after(self.norm1, x, self.self_attention.merge(attended))
         queries = self.cross_attention.queries(self._before(self.norm2, x))
         x = self._after(self.norm2, x, self.cross_attention.merge(look(queries)))
-        return self._after(self.norm3, x, self.down(jax.nn.gelu(self.up(self._before(self.norm3, x))))), queries
+        found = _of_rows(lambda x: self.down(jax.nn.gelu(self.up(x))), self._before(self.norm3, x))
+        return self._after(self.norm3, x, found), queries
 
     def _before(self, norm: nnx.LayerNorm, x: Array) -> Array:
         """What a sublayer is given."""
-        return norm(x) if self.pre else x
+        return _of_rows(norm, x) if self.pre else x
 
     def _after(self, norm: nnx.LayerNorm, x: Array, found: Array) -> Array:
         """The residual, with what a sublayer found."""
-        return x + found if self.pre else norm(self.scale * x + found)
+        return x + found if self.pre else _of_rows(norm, self.scale * x + found)
 
 
 class SoundTransformer(nnx.Module):
@@ -290,6 +291,11 @@ class SoundTransformer(nnx.Module):
     def depth(self) -> int:
         """L."""
         return len(self.layers) if isinstance(self.layers, nnx.List) else jax.tree.leaves(self.layers)[0].shape[0]
+
+
+def _of_rows(f: Callable[[Array], Array], x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
+    """f(x), of one song without the axis of songs: beside it XLA's CPU compiler sums at a tenth of the rate."""
+    return f(x[0])[None] if len(x) == 1 else f(x)
 
 
 @functools.partial(jax.jit, static_argnames="depth")
