@@ -1,5 +1,6 @@
 """Every annotation of the package is checked, types and shapes; and the small songs and models that tests share."""
 
+import dataclasses
 import functools
 import os
 import tempfile
@@ -43,6 +44,12 @@ SUNG = Config(
     model=ModelConfig(layout="flatten", frames=60, memory=12, text_width=16, width=16, heads=2, layers=1),
     train=TrainConfig(batch=2, steps=2, lr_max=1e-2, lr_min=1e-3, sample_every=1, sample_seconds=0.2),
 )
+
+
+def changed(config: Config = CONFIG, model: dict | None = None, **fields) -> Config:
+    """The config with other fields of its training, and of its model."""
+    train = dataclasses.replace(config.train, **fields)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **(model or {})), train=train)
 
 
 def make_record(i: int, frames: int = 30, pieces: int = 6, genre_pieces: int = 2) -> Record:

@@ -1,16 +1,18 @@
 """The run folder: what it says of itself, and checkpoints that are whole or refused."""
 
 import dataclasses
+import io
 import json
 import shutil
 
 import jax
 import numpy as np
 import pytest
-from conftest import CONFIG, MADE_WITH
+from conftest import CONFIG, MADE_WITH, changed
 from flax import nnx
+from rich.console import Console
 
-from l2m_jax.checkpoint import RunInfo, differences, load_model, read_run, restore, write_run
+from l2m_jax.checkpoint import RunInfo, differences, load_model, prepare_run, read_run, restore, write_run
 from l2m_jax.config import MeshConfig, UserError
 from l2m_jax.model import SoundTransformer
 from l2m_jax.optim import optimizer
@@ -116,3 +118,48 @@ def test_differences_name_the_fields():
     )
     assert differences(CONFIG, other) == ["train.seed 0 -> 1", "train.batch 4 -> 8", "mesh.fsdp 1 -> 2"]
     assert differences(CONFIG, CONFIG) == []
+
+
+@pytest.fixture
+def begun(tmp_path):
+    prepare_run(tmp_path / "run", INFO, Console(quiet=True))
+    return tmp_path / "run", INFO
+
+
+def test_another_config_is_refused_by_name(begun):
+    run, info = begun
+    other = changed(model={"width": 32}, lr_max=1.0, log_every=5)
+    with pytest.raises(UserError) as caught:
+        prepare_run(run, info._replace(config=other), Console(quiet=True))
+    assert str(caught.value) == (
+        f"{run} was begun with another config (model.width 16 -> 32; train.lr_max 0.01 -> 1.0): give the same, or name"
+        " another --run"
+    )
+    assert read_run(run).config == CONFIG
+
+
+def test_what_does_not_change_the_training_may_change(begun):
+    run, info = begun
+    config = changed(log_every=5, checkpoint_every=7, keep=1, valid_every=9, sample_every=3, sample_seconds=1.0)
+    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=1, fsdp=-1))
+    says = io.StringIO()
+    prepare_run(run, info._replace(config=config), Console(file=says, width=400))
+    assert "train.keep 3 -> 1" in says.getvalue() and "mesh.fsdp 1 -> -1" in says.getvalue()
+    assert read_run(run).config == config
+
+
+def test_songs_of_another_origin_are_refused(begun):
+    run, info = begun
+    other = info._replace(made_with=MADE_WITH._replace(text_fingerprint="other"))
+    with pytest.raises(UserError, match="prepared differently .text encoder: 7ext and other."):
+        prepare_run(run, other, Console(quiet=True))
+
+
+def test_other_songs_are_told(begun):
+    run, info = begun
+    for songs, told in (("first", False), ("second", True)):  # of a run begun before songs were kept nothing is told
+        says = io.StringIO()
+        prepare_run(run, info._replace(songs=songs), Console(file=says, width=400))
+        assert ("other songs than before" in says.getvalue()) == told
+        write_run(run, info._replace(songs=songs))
+    assert read_run(run).songs == "second"

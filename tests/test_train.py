@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile
-from conftest import CONFIG, MADE_WITH, make_prepared, make_record
+from conftest import CONFIG, changed, make_prepared, make_record
 from orbax.checkpoint import v1 as ocp
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 from l2m_jax import train as module
-from l2m_jax.checkpoint import RunInfo, load_model, prepare_run, read_run, write_run
-from l2m_jax.config import Config, MeshConfig, UserError
+from l2m_jax.checkpoint import load_model
+from l2m_jax.config import MeshConfig, UserError
 from l2m_jax.data import Dataset, Example, batches, make_example
 from l2m_jax.log import Log, Silence
 from l2m_jax.model import prompt_of
@@ -30,11 +30,6 @@ from l2m_jax.tokens import make_layout
 from l2m_jax.train import make_evaluate, train
 
 LAYOUT = make_layout(CONFIG.model)
-
-
-def changed(config: Config = CONFIG, model: dict | None = None, **fields) -> Config:
-    train = dataclasses.replace(config.train, **fields)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, **(model or {})), train=train)
 
 
 def lines(run):
@@ -328,52 +323,6 @@ def test_memory_does_not_grow_from_step_to_step(tmp_path, prepared, monkeypatch)
     spy(monkeypatch, look)
     train(changed(checkpoint_every=100), Dataset(prepared), tmp_path / "run", None)
     assert held[3] == held[10]
-
-
-@pytest.fixture
-def begun(tmp_path):
-    info = RunInfo(CONFIG, MADE_WITH, ["march", "waltz"])
-    prepare_run(tmp_path / "run", info, Console(quiet=True))
-    return tmp_path / "run", info
-
-
-def test_another_config_is_refused_by_name(begun):
-    run, info = begun
-    other = changed(model={"width": 32}, lr_max=1.0, log_every=5)
-    with pytest.raises(UserError) as caught:
-        prepare_run(run, info._replace(config=other), Console(quiet=True))
-    assert str(caught.value) == (
-        f"{run} was begun with another config (model.width 16 -> 32; train.lr_max 0.01 -> 1.0): give the same, or name"
-        " another --run"
-    )
-    assert read_run(run).config == CONFIG
-
-
-def test_what_does_not_change_the_training_may_change(begun):
-    run, info = begun
-    config = changed(log_every=5, checkpoint_every=7, keep=1, valid_every=9, sample_every=3, sample_seconds=1.0)
-    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=1, fsdp=-1))
-    says = io.StringIO()
-    prepare_run(run, info._replace(config=config), Console(file=says, width=400))
-    assert "train.keep 3 -> 1" in says.getvalue() and "mesh.fsdp 1 -> -1" in says.getvalue()
-    assert read_run(run).config == config
-
-
-def test_songs_of_another_origin_are_refused(begun):
-    run, info = begun
-    other = info._replace(made_with=MADE_WITH._replace(text_fingerprint="other"))
-    with pytest.raises(UserError, match="prepared differently .text encoder: 7ext and other."):
-        prepare_run(run, other, Console(quiet=True))
-
-
-def test_other_songs_are_told(begun):
-    run, info = begun
-    for songs, told in (("first", False), ("second", True)):  # of a run begun before songs were kept nothing is told
-        says = io.StringIO()
-        prepare_run(run, info._replace(songs=songs), Console(file=says, width=400))
-        assert ("other songs than before" in says.getvalue()) == told
-        write_run(run, info._replace(songs=songs))
-    assert read_run(run).songs == "second"
 
 
 def test_a_folder_of_something_else_is_not_touched(tmp_path, prepared):
