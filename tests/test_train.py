@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile
-from conftest import CONFIG, changed, make_prepared, make_record
+from conftest import CONFIG, MADE_WITH, changed, make_prepared, make_record
 from orbax.checkpoint import v1 as ocp
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
