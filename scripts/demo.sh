@@ -3,7 +3,7 @@
 # Every step can be stopped and started again: it goes on where it was.
 #   bash scripts/demo.sh demo
 set -euo pipefail
-export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}  # large pages, on Linux: steps are an eighth quicker
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}  # large pages, on Linux: steps are quicker
 out=${1:-demo}
 shipped=$(python -c 'from l2m_jax.checkpoint import DEFAULT; print(DEFAULT)')
 

@@ -5,7 +5,7 @@
 # Sizes, for a trial: SONGS of training, HELD_OUT songs each of validation and test; further flags in TRAIN and EVALUATE.
 # The model that comes with the package is OUT/delay/model.
 set -euo pipefail
-export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}  # large pages, on Linux: steps are an eighth quicker
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}  # large pages, on Linux: steps are quicker
 out=${1:?"usage: solfege_benchmark.sh OUT [delay|flatten]"}
 layout=${2:-delay}
 run=$out/$layout
