@@ -76,6 +76,7 @@ def evaluate(
     figures: dict[str, Any] = {
         "l2m_jax": "evaluation",
         "run": str(singer.run),
+        "model": singer.fingerprint,
         "step": singer.step,
         "layout": singer.info.config.model.layout,
         "data": str(dataset.folder),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,12 +16,14 @@ from rich.text import Text
 
 from l2m_jax.audio import write_atomic
 from l2m_jax.bootstrap import Estimate
+from l2m_jax.config import Part
 from l2m_jax.picture import draw_bars, draw_confusion, draw_lines
 from l2m_jax.progress import say
 from l2m_jax.song import write_json
 
 SHOWN = {"right": "right lyrics and genre", "shuffled_lyrics": "shuffled lyrics", "no_lyrics": "no lyrics"}
 MISSING = "-"
+PARTS = typing.get_args(Part)
 
 
 class Table(NamedTuple):
@@ -34,9 +38,10 @@ class Table(NamedTuple):
 def write_report(out: Path, figures: dict[str, Any], console: Console | None = None) -> None:
     """Prints the tables, and writes evaluation.json, evaluation.md and the plots into `out`.
 
-    UserError where they cannot be written.
+    Parts that `figures` lack stay as `out` has them, where they are of the same model, songs and settings. UserError
+    where something cannot be written.
     """
-    console = console or Console()
+    console, figures = console or Console(), figures | _there(out, figures)
     tables = tabulate(figures)
     write_json(out / "evaluation.json", plain(figures))
     plots = _draw(out, figures)
@@ -56,6 +61,23 @@ def write_report(out: Path, figures: dict[str, Any], console: Console | None = N
         if table.protocol:
             say(console, table.protocol)
     say(console, f"written in {out}: {', '.join(['evaluation.json', 'evaluation.md', *plots])}")
+
+
+def _there(out: Path, figures: dict[str, Any]) -> dict[str, Any]:
+    """The parts in `out` that are not evaluated anew and still hold."""
+
+    def estimates(values: dict[str, Any]) -> Any:
+        return Estimate(**values) if set(values) == set(Estimate._fields) else values
+
+    def of(figures: dict[str, Any]) -> Any:
+        asked = {k: v for k, v in figures["settings"].items() if k not in ("only", "batch", "pictures")}
+        return plain([figures["model"], figures["songs_fingerprint"], figures["made_with"], asked])
+
+    try:
+        there = json.loads((out / "evaluation.json").read_text(encoding="utf-8"), object_hook=estimates)
+        return {k: v for k, v in there.items() if k in PARTS and k not in figures} if of(there) == of(figures) else {}
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or another's
+        return {}
 
 
 def plain(value: Any) -> Any:

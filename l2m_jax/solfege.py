@@ -56,19 +56,27 @@ GENRES = {
 
 
 def random_lyrics(
-    rng: np.random.Generator, lo: int, hi: int, sections: bool = False, exclude: Collection[str] = ()
+    rng: np.random.Generator,
+    lo: int,
+    hi: int,
+    sections: bool = False,
+    exclude: Collection[str] = (),
+    repeats: float = 0.0,
 ) -> str:
     """A random lyric of `lo` to `hi` syllables, in lines of 3 to 5 (the last may be shorter).
 
-    With `sections` it is tagged [verse], [chorus], [verse], [chorus], both choruses of the same words, and has at least
-    four syllables. A lyric whose `words_of` stands in `exclude` is drawn anew, so that songs can be held out from a
-    training set.
+    A syllable is drawn from all seven, or, with the chance `repeats`, is the one before once more. With `sections` the
+    lyric is tagged [verse], [chorus], [verse], [chorus], both choruses of the same words, and has at least four
+    syllables. One whose `words_of` stands in `exclude` is drawn anew, so that songs can be held out from a training
+    set.
     """
     if not 1 <= lo <= hi or (sections and hi < 4):
         raise UserError(f"notes are {lo} to {hi}; allowed: 1 and above (with sections up to 4 at least), lower first")
     lo = max(lo, 4) if sections else lo
     for _ in range(1000):
         words = rng.choice(SYLLABLES, rng.integers(lo, hi + 1)).tolist()
+        for i in range(1, len(words)) if repeats else ():
+            words[i] = words[i - 1] if rng.random() < repeats else words[i]
         if sections:
             part, half = len(words) // 4, len(words) // 2
             chorus, verses = words[:part], (words[part:half], words[half : len(words) - part])
@@ -126,12 +134,17 @@ def sing(
 
 
 def make_song(
-    seed: int, index: int, notes: tuple[int, int] = (4, 10), sections: float = 0.0, exclude: Collection[str] = ()
+    seed: int,
+    index: int,
+    notes: tuple[int, int] = (4, 10),
+    sections: float = 0.0,
+    exclude: Collection[str] = (),
+    repeats: float = 0.0,
 ) -> tuple[str, str, Float[np.ndarray, " T"], Float[np.ndarray, "W 3"]]:
     """Song `index` of the corpus `seed`, a pure function of its arguments: (lyrics, genre, samples, times)."""
     rng = np.random.default_rng((seed, index))
     tagged = rng.random() < sections if 0 < sections < 1 else sections > 0
-    lyrics = random_lyrics(rng, *notes, tagged, exclude)
+    lyrics = random_lyrics(rng, *notes, tagged, exclude, repeats)
     genre = str(rng.choice(list(GENRES)))
     return lyrics, genre, *sing(lyrics, genre, rng)
 
@@ -143,20 +156,23 @@ def make_solfege(
     notes: tuple[int, int] = (4, 10),
     sections: float = 0.0,
     exclude: Collection[str] = (),
+    repeats: float = 0.0,
 ) -> int:
     """Writes songs of `notes` (fewest, most) notes as song_0001/{lyrics.txt, genre.txt, words.csv, audio.flac}, 24 kHz.
 
-    The share `sections` of them has section tags. A folder that already holds this corpus is continued: finished songs
-    stay. `exclude` holds `words_of` lyrics that must not be sung. Returns how many songs were written. Raises UserError
-    where `out` holds anything else.
+    The share `sections` of them has section tags; `repeats` is as in `random_lyrics`. A folder that already holds this
+    corpus is continued: finished songs stay. `exclude` holds `words_of` lyrics that must not be sung. Returns how many
+    songs were written. Raises UserError where `out` holds anything else.
     """
     if songs < 1 or seed < 0:
         raise UserError(f"songs is {songs} and seed {seed}; allowed: 1 song and above, seed 0 and above")
-    if not 0 <= sections <= 1:
-        raise UserError(f"sections is {sections}; allowed: a share of the songs, 0 to 1")
+    for name, share, of in (("sections", sections, "songs"), ("repeats", repeats, "syllables")):
+        if not 0 <= share <= 1:
+            raise UserError(f"{name} is {share}; allowed: a share of the {of}, 0 to 1")
     out = Path(out)
     held_out = hashlib.sha256("\n".join(sorted(exclude)).encode()).hexdigest()[:16]
     recipe = {"version": 1, "seed": seed, "notes": list(notes), "sections": sections, "exclude": held_out}
+    recipe |= {"repeats": repeats} if repeats else {}  # corpora of before there was this are continued too
     manifest = out / "solfege.json"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not manifest.is_file() or (there := manifest.read_text("utf-8")) != json.dumps(recipe):
@@ -174,7 +190,7 @@ def make_solfege(
         part = out / f".{folder.name}.part"  # hidden until it is whole
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
-        lyrics, genre, samples, times = make_song(seed, index, notes, sections, exclude)
+        lyrics, genre, samples, times = make_song(seed, index, notes, sections, exclude, repeats)
         (part / "lyrics.txt").write_text(lyrics, "utf-8")
         (part / "genre.txt").write_text(genre + "\n", "utf-8")
         np.savetxt(part / "words.csv", times, "%.4f", ",", header="word_start,word_end,line_end", comments="")

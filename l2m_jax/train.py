@@ -50,14 +50,14 @@ def train(
     console: Console | None = None,
     songs_per_valid: int = 32,
     enough: Callable[[SoundTransformer, int], bool] | None = None,
-) -> bool:
-    """Trains `run` to its last step, from its newest checkpoint where there is one; True when it got there.
+) -> int:
+    """Trains `run` to its last step, from its newest checkpoint where there is one. Returns the exit status.
 
-    `enough` is asked after each checkpoint, with the model and the steps done, whether the training may end before.
-    SIGTERM and Ctrl-C, to any process, save a checkpoint and return False. `codec` turns sample songs into sound
-    (train.sample_every). UserError where the dataset does not fit the model, or the run was begun with another config
-    or songs of other encoders; other songs of the same are told. With more than one process an error of one ends them
-    all: see `hosts.together`.
+    That is 0 at the last step. SIGTERM and Ctrl-C, to any process, save a checkpoint, and it is 143 or 130. `enough` is
+    asked after each checkpoint, with the model and the steps done, whether the training may end before. `codec` turns
+    sample songs into sound (train.sample_every). UserError where the dataset does not fit the model, or the run was
+    begun with another config or songs of other encoders; other songs of the same are told. With more than one process
+    an error of one ends them all: see `hosts.together`.
     """
     with together():
         return _train(config, dataset, run, codec, valid, console or Console(), songs_per_valid, enough)
@@ -72,7 +72,7 @@ def _train(
     console: Console,
     songs_per_valid: int,
     enough: Callable[[SoundTransformer, int], bool] | None,
-) -> bool:
+) -> int:
     console = console if lead() else Console(quiet=True)
     for songs in (dataset, valid):
         if songs is not None:
@@ -132,7 +132,7 @@ def _train(
                     with saving(run):
                         checkpoints.save_checkpointables_async(done, state._asdict())
                     if enough is not None and not stop and enough(state.model, done):
-                        return True
+                        return 0
                 if stop:
                     break
             if pending is not None:
@@ -151,8 +151,8 @@ def _train(
     if step + 1 < config.train.steps:
         by = signal.Signals(stop).name
         say(console, f"{run}: stopped by {by} after step {step + 1}; the same command goes on from there")
-        return False
-    return True
+        return 128 + stop
+    return 0
 
 
 def begin(run: Path, info: RunInfo, songs: int, console: Console) -> None:

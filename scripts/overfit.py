@@ -90,8 +90,8 @@ def main(job: Overfit) -> None:
         ),
     )  # fmt: skip
     run = job.out / f"run_{job.layout}"
-    if not train(config, dataset, run, None, console=console):
-        return
+    if stopped := train(config, dataset, run, None, console=console):
+        raise SystemExit(stopped)
     model, _, step = load_model(run)
     layout = make_layout(config.model)
     codec = load_codec()

@@ -101,8 +101,8 @@ def excerpt(job: Lengths, seconds: float) -> Dataset:
     return Dataset(folder / "data")
 
 
-def learn(job: Lengths, seconds: float, console: Console) -> dict[str, float] | None:
-    """Learns the excerpt of a length; None where it was stopped."""
+def learn(job: Lengths, seconds: float, console: Console) -> dict[str, float]:
+    """Learns the excerpt of a length."""
     dataset, run = excerpt(job, seconds), job.out / f"{seconds:g}s" / "run"
     config = make_config(job, len(dataset[0].codes), job.steps)
     layout, shares = make_layout(config.model), {}
@@ -119,8 +119,8 @@ def learn(job: Lengths, seconds: float, console: Console) -> dict[str, float] | 
         with open_checkpoints(run, config.train.keep) as checkpoints:
             step = checkpoints.latest.step if checkpoints.latest else 0
     if not (step and enough(load_model(run, step)[0], step)):
-        if not train(config, dataset, run, None, console=console, enough=enough):
-            return None
+        if stopped := train(config, dataset, run, None, console=console, enough=enough):
+            raise SystemExit(stopped)
         if not any(share >= job.share for share in shares.values()):
             raise SystemExit(f"{seconds:g} s: not learnt in {job.steps} steps; give it more --steps")
         step = max(shares)
@@ -139,18 +139,15 @@ def time_full(job: Lengths, console: Console) -> float:
     dataset, run = excerpt(job, job.full), job.out / f"{job.full:g}s" / "timing"
     config = make_config(job, len(dataset[0].codes), 5)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, log_every=1, warmup=1))
-    if not train(config, dataset, run, None, console=console):
-        raise SystemExit(1)
+    if stopped := train(config, dataset, run, None, console=console):
+        raise SystemExit(stopped)
     return statistics.median(dataset[0].codes.size / line["codes_per_s"] for line in log_of(run)[2:])
 
 
 def main(job: Lengths) -> None:
     """Every length, then the extrapolation."""
-    console, found = Console(), []
-    for seconds in job.seconds:
-        if (one := learn(job, seconds, console)) is None:
-            return
-        found.append(one)
+    console = Console()
+    found = [learn(job, seconds, console) for seconds in job.seconds]
     lengths, needed = (np.log([one[name] for one in found]) for name in ("codes", "steps"))
     slope, offset = np.polyfit(lengths, needed, 1)
     codes = found[-1]["codes"] * job.full / found[-1]["seconds"]
@@ -161,8 +158,8 @@ def main(job: Lengths) -> None:
         "extrapolated": {"seconds": job.full, "steps": steps, "step_s": step_s, "hours": steps * step_s / 3600},
     }
     _write(job, report)
-    if report["extrapolated"]["hours"] <= job.hours and (full := learn(job, job.full, console)):
-        _write(job, report | {"full": full})
+    if report["extrapolated"]["hours"] <= job.hours:
+        _write(job, report | {"full": learn(job, job.full, console)})
 
 
 def _write(job: Lengths, report: dict[str, Any]) -> None:

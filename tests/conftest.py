@@ -138,7 +138,7 @@ def sung(tmp_path_factory, songs, encoders) -> Path:
 def trained(tmp_path_factory, prepared) -> Path:
     """A run of CONFIG on `prepared`, all steps at one go. Only for reading."""
     run = tmp_path_factory.mktemp("trained") / "run"
-    assert train(CONFIG, Dataset(prepared), run, None)
+    assert not train(CONFIG, Dataset(prepared), run, None)
     return run
 
 
@@ -146,5 +146,5 @@ def trained(tmp_path_factory, prepared) -> Path:
 def singer_run(tmp_path_factory, sung) -> Path:
     """A run of SUNG on `sung`: it has hardly learnt a thing, but can sing. Only for reading."""
     run = tmp_path_factory.mktemp("singer") / "run"
-    assert train(SUNG, Dataset(sung), run, load_codec())
+    assert not train(SUNG, Dataset(sung), run, load_codec())
     return run

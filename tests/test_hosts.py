@@ -130,7 +130,7 @@ def test_a_killed_process_is_noticed_and_the_run_goes_on_alone(tmp_path, prepare
     assert last.startswith("l2m: process") and last.endswith("it goes on from the last checkpoint"), other.err
     # Where 1 is gone, the watch says so first; a broken exchange may have its say after it.
     assert "process 0" in last if victim == 0 else "process 1 has not been heard of for 30 s" in other.err, other.err
-    assert train(CONFIG, Dataset(prepared), run, None)
+    assert not train(CONFIG, Dataset(prepared), run, None)
     assert_same_curve(run, trained)
 
 

@@ -150,7 +150,7 @@ def test_what_lyrics_are_worth_is_found(tmp_path):
         model=dataclasses.replace(CONFIG.model, **shape),
         train=dataclasses.replace(CONFIG.train, batch=16, steps=120, dropout=(0.3, 0.0, 0.1), checkpoint_every=120),
     )
-    assert train(config, dataset, tmp_path / "run", None)
+    assert not train(config, dataset, tmp_path / "run", None)
     model, info, _ = load_model(tmp_path / "run")
     figures = summarise(measure(model, make_layout(info.config.model), dataset, range(32), 75.0))
     code, word = figures["gain_per_code"]["lyrics_against_none"], figures["gain_per_sung_word"]["lyrics_against_none"]

@@ -1,6 +1,7 @@
 """The corpus of the project: deterministic, in the dataset layout, and resumable."""
 
 import filecmp
+import itertools
 import time
 
 import numpy as np
@@ -60,7 +61,7 @@ def test_a_folder_with_anything_else_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     out = tmp_path / "songs"
     solfege.make_solfege(out, 1, seed=1)
-    for other in ({"seed": 2}, {"notes": (5, 10)}, {"sections": 1.0}, {"exclude": {"do re mi fa"}}):
+    for other in ({"seed": 2}, {"notes": (5, 10)}, {"sections": 1.0}, {"exclude": {"do re mi fa"}}, {"repeats": 0.3}):
         with pytest.raises(UserError, match=r'another corpus, .*"seed": 1'):
             solfege.make_solfege(out, 1, **{"seed": 1, **other})
     with pytest.raises(UserError, match="notes are 5 to 4; allowed: 1"):
@@ -69,6 +70,8 @@ def test_a_folder_with_anything_else_is_refused(tmp_path):
         solfege.make_solfege(tmp_path / "never", 1, notes=(1, 3), sections=0.5)
     with pytest.raises(UserError, match="sections is 2; allowed: a share"):
         solfege.make_solfege(tmp_path / "never", 1, sections=2)
+    with pytest.raises(UserError, match="repeats is -1; allowed: a share of the syllables"):
+        solfege.make_solfege(tmp_path / "never", 1, repeats=-1)
     with pytest.raises(UserError, match="songs is 0 and seed 0; allowed: 1 song"):
         solfege.make_solfege(tmp_path / "never", 0)
     assert not (tmp_path / "never").exists()
@@ -101,6 +104,14 @@ def test_a_share_of_the_songs_has_sections():
     tagged = [text for text in lyrics if "[chorus]" in text]
     assert 20 < len(tagged) < 36 and all(len(solfege.words_of(text).split()) >= 4 for text in tagged)
     assert any(len(solfege.words_of(text).split()) == 3 for text in lyrics)
+
+
+def test_syllables_come_again_as_often_as_asked():
+    for repeats in (0.0, 0.3, 1.0):
+        drawn = [solfege.make_song(3, i, (12, 16), repeats=repeats)[0] for i in range(60)]
+        pairs = [pair for text in drawn for pair in itertools.pairwise(solfege.words_of(text).split())]
+        again = np.mean([first == second for first, second in pairs])
+        assert again == pytest.approx(repeats + (1 - repeats) / 7, abs=0.05), repeats
 
 
 def test_rests_and_a_free_tempo():

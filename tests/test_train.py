@@ -76,13 +76,13 @@ def test_stopped_and_gone_on_is_as_if_never_stopped(tmp_path, prepared, trained,
     with monkeypatch.context() as patch:
         spy(patch, lambda step: os.kill(os.getpid(), number) if step == 5 else None)
         console = Console(file=says, width=300)
-        assert not train(CONFIG, Dataset(prepared), run, None, console=console)
+        assert train(CONFIG, Dataset(prepared), run, None, console=console) == 128 + number
     assert f"stopped by {number.name} after step 6; the same command goes on from there" in says.getvalue()
     assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
     assert load_model(run)[2] == 6 and len(lines(run)) == 6
     if number == signal.SIGINT:
         return
-    assert train(CONFIG, Dataset(prepared), run, None, console=console)
+    assert not train(CONFIG, Dataset(prepared), run, None, console=console)
     assert "going on from step 6 of 12" in says.getvalue()
     assert loss_texts(run) == loss_texts(trained)
     assert_same_model(run, trained, 12)
@@ -112,23 +112,23 @@ def test_killed_run_goes_on_from_its_last_checkpoint(tmp_path, prepared, trained
     assert load_model(run)[2] == 4 and len(lines(run)) >= 4
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 99, "lo')  # what a kill in the middle of a line leaves
-    assert train(CONFIG, Dataset(prepared), run, None)
+    assert not train(CONFIG, Dataset(prepared), run, None)
     assert loss_texts(run) == loss_texts(trained)
     assert_same_model(run, trained, 12)
 
 
 def test_a_run_at_its_end_has_nothing_to_do(tmp_path, prepared, trained):
     before = (trained / "metrics.jsonl").read_text()
-    assert train(CONFIG, Dataset(prepared), trained, None)
+    assert not train(CONFIG, Dataset(prepared), trained, None)
     assert (trained / "metrics.jsonl").read_text() == before
 
 
 def test_a_training_in_windows_goes_on_as_if_never_stopped(tmp_path, prepared):
     config, seen = changed(model={"frames": 72}, windows=2, steps=8), set()
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert train(config, Dataset(prepared), whole, None)
-    assert train(config, Dataset(prepared), parts, None, enough=lambda *_: True)
-    assert train(config, Dataset(prepared), parts, None)
+    assert not train(config, Dataset(prepared), whole, None)
+    assert not train(config, Dataset(prepared), parts, None, enough=lambda *_: True)
+    assert not train(config, Dataset(prepared), parts, None)
     assert [line["loss"] for line in lines(parts)] == [line["loss"] for line in lines(whole)]
     assert_same_model(whole, parts, 8)
     for step in range(8):
@@ -146,15 +146,15 @@ def test_a_training_ends_when_it_is_enough(tmp_path, prepared, trained):
         asked.append(step)
         return step == 8
 
-    assert train(CONFIG, Dataset(prepared), run, None, enough=enough)
+    assert not train(CONFIG, Dataset(prepared), run, None, enough=enough)
     assert asked == [4, 8] and [line["step"] for line in lines(run)] == list(range(8))
-    assert train(CONFIG, Dataset(prepared), run, None)  # and may go on
+    assert not train(CONFIG, Dataset(prepared), run, None)  # and may go on
     assert [line["loss"] for line in lines(run)] == [line["loss"] for line in lines(trained)]
 
 
 def test_accumulation_gives_the_same_steps(tmp_path, prepared, trained):
     config = changed(accumulate=2)
-    assert train(config, Dataset(prepared), tmp_path / "run", None)
+    assert not train(config, Dataset(prepared), tmp_path / "run", None)
     ours, theirs = (np.array([[x["loss"], x["grad_norm"]] for x in lines(run)]) for run in (tmp_path / "run", trained))
     error = np.abs(ours / theirs - 1).max()
     print(f"loss and gradient norm over 12 steps: error {error:.1e}, tolerance 1e-05")
@@ -171,7 +171,7 @@ def test_one_batch_is_learnt_by_heart(tmp_path):
         remat="none",
         dropout=(0.0, 0.0, 0.0),
     )
-    assert train(config, dataset, tmp_path / "run", None)
+    assert not train(config, dataset, tmp_path / "run", None)
     told = lines(tmp_path / "run")
     print(f"loss {told[0]['loss']:.2f} -> {told[-1]['loss']:.4f} nats per code")
     assert told[0]["loss"] > 2.5 and told[-1]["loss"] < 0.1
@@ -220,7 +220,9 @@ def test_valid_loss_is_that_of_its_songs_and_of_nothing_that_fills(prepared, tra
 
 def test_valid_songs_are_told_of(tmp_path, prepared, trained):
     config, says = changed(valid_every=5), io.StringIO()
-    assert train(config, Dataset(prepared), tmp_path / "run", None, Dataset(prepared), Console(file=says, width=300))
+    assert not train(
+        config, Dataset(prepared), tmp_path / "run", None, Dataset(prepared), Console(file=says, width=300)
+    )
     told = lines(tmp_path / "run")
     assert [line["step"] for line in told if "valid_loss" in line] == [4, 9, 11]
     assert "valid_loss" in says.getvalue()

@@ -22,6 +22,8 @@ class Solfege:
     """Fewest and most notes of a song."""
     sections: float = 0.0
     """Share of songs that are [verse], [chorus], [verse], [chorus], both choruses of the same words."""
+    repeats: float = 0.0
+    """Chance that a syllable is the one before once more, beside what chance gives (one in seven)."""
     exclude: tuple[Path, ...] = ()
     """Folders of songs whose lyrics must not be sung again: what is made is held out from them."""
 
@@ -31,6 +33,6 @@ class Solfege:
         from l2m_jax.songs import scan_songs
 
         known = {words_of(song.lyrics) for folder in self.exclude for song in scan_songs(folder)[0]}
-        make_solfege(self.out, self.songs, self.seed, self.notes, self.sections, known)
+        make_solfege(self.out, self.songs, self.seed, self.notes, self.sections, known, self.repeats)
         print(f"{self.songs} songs in {self.out}")
         return 0

@@ -49,11 +49,9 @@ class Train:
             valid = None if self.valid is None else Dataset(self.valid)
             made = dataset.made_with
             codec = load_codec(made.codec, made.codebooks) if self.train.sample_every else None
-        finished = train(config, dataset, self.run_folder, codec, valid)
+        status = train(config, dataset, self.run_folder, codec, valid)
         with together():
             leave()
-        if not finished:
-            return 143
-        if lead():
+        if lead() and not status:
             print(f"trained: {self.run_folder}; sing with: l2m generate {self.run_folder} --lyrics TEXT -o song.wav")
-        return 0
+        return status
