@@ -1,18 +1,21 @@
 """benchmark: follows solfege songs of 8 to 16 notes with choruses. `scripts/solfege_benchmark.sh` trains and judges it.
 
-5.6 M parameters, 256 wide, 4 layers, `delay`; windows of 7.7 s, 8 songs a step, 4,500 steps on two CPU cores. The
-songs say when each word is sung, and a head is taught to look there: `guide`.
+5.6 M parameters, 256 wide, 4 layers, `delay`; windows of 7.7 s, 8 songs a step, 3,500 steps on two CPU cores. The
+songs say when each word is sung, and a head is taught to look there: `guide`. `rotary`: it gets as far in 500 steps as
+with learned positions alone in more than 750.
 With `--model.layout flatten` the same window is twice as many positions.
 """
 
 from l2m_jax.config import Config, ModelConfig, TrainConfig
 
 config = Config(
-    model=ModelConfig(layout="delay", width=256, heads=4, layers=4, frames=575, memory=24, norm="deepnorm"),
+    model=ModelConfig(
+        layout="delay", width=256, heads=4, layers=4, frames=575, memory=24, norm="deepnorm", rotary=True
+    ),
     train=TrainConfig(
         batch=8,
         windows=4,
-        steps=4500,
+        steps=3500,
         lr_max=2e-3,
         lr_min=5e-5,
         warmup=100,

@@ -54,6 +54,9 @@ class ModelConfig:
     norm: Literal["post", "deepnorm", "pre"] = "post"
     """post: x = LN(x + f(x)) (Vaswani et al., 2017). deepnorm: a = (3 L)^(1/4), for depth (Wang et al., 2022).
     pre: x + f(LN(x)) and an LN after the last layer (Xiong et al., 2020)."""
+    rotary: bool = False
+    """Queries and keys of self-attention are turned by their positions (Su et al., 2021), beside learned embeddings:
+    what stands so far back is then found everywhere alike."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type; parameters stay float32. auto: float32 on CPU, bfloat16 on accelerators."""
 
@@ -66,6 +69,8 @@ class ModelConfig:
             raise UserError(
                 f"model.key_heads is {self.key_heads}; allowed: 0, or what divides model.heads {self.heads}"
             )
+        if self.rotary and self.head_width % 2:
+            raise UserError(f"model.rotary turns pairs: heads of {self.head_width} must be of an even width")
         if self.codebooks > 32:
             raise UserError(f"model.codebooks is {self.codebooks}; EnCodec has at most 32")
 

@@ -115,7 +115,7 @@ class Layer(nnx.Module):
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, *, rngs: nnx.Rngs):
         gained = _xavier(config.initial_gain)
-        self.scale, self.pre = config.residual_scale, config.norm == "pre"
+        self.scale, self.pre, self.rotary = config.residual_scale, config.norm == "pre", config.rotary
         self.self_attention = Attention(config, dtype, rngs=rngs)
         self.cross_attention = Attention(config, dtype, rngs=rngs)
         self.up = _linear(config.width, 4 * config.width, gained, dtype, rngs)
@@ -170,18 +170,24 @@ class Layer(nnx.Module):
         self, x: Float[Array, "B 1 D"], cache: Cache, lyrics: LyricCache, at: Int[Array, ""]
     ) -> tuple[Float[Array, "B 1 D"], Cache]:
         """Position `at`: its keys and values are written into the cache, which is returned."""
-        before = self._before(self.norm1, x)
-        new = self.self_attention.keys_values(before)
+        queries, new = self._ask(x, at[None])
         cache = Cache(write(cache.keys, new.keys, at), write(cache.values, new.values, at))
         heard = jnp.arange(cache.keys.shape[-2]) <= at
-        attended = step_attention(self.self_attention.queries(before), *cache, heard)
+        attended = step_attention(queries, *cache, heard)
         return self._rest(x, attended, lambda q: step_attention(q, *lyrics))[0], cache
 
     def _attend(self, x: Array) -> tuple[Array, KeysValues]:
         """What self-attention finds in the whole sequence, and its keys and values."""
+        queries, kept = self._ask(x, jnp.arange(x.shape[1]))
+        return attention(queries, *kept), kept
+
+    def _ask(self, x: Float[Array, "B T D"], position: Int[Array, " T"]) -> tuple[Array, KeysValues]:
+        """Queries, keys and values of self-attention."""
         before = self._before(self.norm1, x)
-        kept = self.self_attention.keys_values(before)
-        return attention(self.self_attention.queries(before), *kept), kept
+        queries, kept = self.self_attention.queries(before), self.self_attention.keys_values(before)
+        if self.rotary:
+            queries, kept = turned(queries, position), kept._replace(keys=turned(kept.keys, position))
+        return queries, kept
 
     def _rest(self, x: Array, attended: Array, look: Callable[[Array], Array]) -> tuple[Array, Array]:
         """What follows self-attention, and the queries of the cross-attention; `look` is what that finds for them."""
@@ -318,6 +324,18 @@ def sinusoids(position: Int[Array, "B S"], width: int) -> Float[Array, "B S D"]:
     rates = 10_000.0 ** (-jnp.arange(half) / half)
     angles = position[..., None] * rates
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)[..., :width]
+
+
+def turned(x: Float[Array, "B N T H"], position: Int[Array, " T"]) -> Float[Array, "B N T H"]:
+    """Each pair (x[i], x[i + H / 2]) turned by position x 10,000^(-2 i / H) radians.
+
+    Products of queries and keys then depend on how far apart they stand (Su et al., 2021, "RoFormer", 3.2).
+    """
+    half = x.shape[-1] // 2
+    angles = position[:, None] * 10_000.0 ** (-jnp.arange(half) / half)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    a, b = x[..., :half], x[..., half:]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
 def _xavier(gain: float) -> nnx.Initializer:

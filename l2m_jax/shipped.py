@@ -39,7 +39,7 @@ A model of l2m_jax: lyrics and a genre go in, a song comes out. Sing with it:
 | | |
 | --- | --- |
 | parameters | {millions:.1f} M, stored in float16 ({megabytes:.1f} MB) |
-| model | {layers} layers, {width} wide, {heads} heads, norm {norm}, layout {layout}, {codebooks} codebooks |
+| model | {layers} layers, {width} wide, {heads} heads{rotary}, norm {norm}, layout {layout}, {codebooks} codebooks |
 | window | {frames} frames, {memory} rows of memory |
 | trained | {step} steps of {batch} songs, learning rate up to {lr}, guide {guide} |
 | genres | {genres} |
@@ -95,7 +95,7 @@ def _card(run: Path, name: str, info: RunInfo, step: int, parameters: int, size:
         millions=parameters / 1e6, megabytes=size / 1e6, step=step, batch=train.batch, lr=train.lr_max,
         layers=model.layers, width=model.width, heads=model.heads, norm=model.norm, layout=model.layout,
         guide=train.guide, frames=model.frames, memory=model.memory, licence=licence, **info.made_with._asdict(),
-        evaluation=evaluation,
+        rotary=", rotary" if model.rotary else "", evaluation=evaluation,
     )  # fmt: skip
 
 

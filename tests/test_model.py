@@ -24,7 +24,10 @@ from l2m_jax.tokens import Layout, make_layout
 POST = ModelConfig(codebooks=2, entries=8, frames=12, memory=7, text_width=6, width=16, heads=2, layers=2)
 DEEP = dataclasses.replace(POST, layout="delay", codebooks=3, norm="deepnorm")
 PRE = dataclasses.replace(POST, norm="pre")
-each_model = pytest.mark.parametrize("config", [POST, DEEP, PRE], ids=["post-flatten", "deepnorm-delay", "pre-flatten"])
+ROTARY = dataclasses.replace(DEEP, rotary=True)
+each_model = pytest.mark.parametrize(
+    "config", [POST, DEEP, PRE, ROTARY], ids=["post-flatten", "deepnorm-delay", "pre-flatten", "rotary-delay"]
+)
 
 # Song 0: genre, lyrics, padding; song 1: lyrics alone. Sections and positions as no song has them.
 KIND = np.array([[0, 0, 1, 1, 1, -1, -1], [1, 1, 1, 1, -1, -1, -1]])
@@ -80,8 +83,18 @@ def gelu(x):
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def attention(p, x, memory, seen, heads):
+def turned(x, heads):
+    """Pairs as complex numbers."""
+    x = x.reshape(len(x), heads, 2, -1)
+    pairs = x[:, :, 0] + 1j * x[:, :, 1]
+    half = pairs.shape[-1]
+    pairs *= np.exp(1j * np.outer(np.arange(len(x)), 10_000.0 ** (-np.arange(half) / half)))[:, None]
+    return np.stack([pairs.real, pairs.imag], 2).reshape(len(x), -1)
+
+
+def attention(p, x, memory, seen, heads, rotary=False):
     q, k, v = linear(p["query"], x), linear(p["key"], memory), linear(p["value"], memory)
+    q, k = (turned(q, heads), turned(k, heads)) if rotary else (q, k)
     size, out = x.shape[-1] // heads, []
     for h in range(heads):
         s = slice(h * size, (h + 1) * size)
@@ -125,8 +138,9 @@ def reference(config: ModelConfig, model: SoundTransformer, ids, prompt: Prompt,
         x, causal = np.stack(x), np.tril(np.ones((len(song), len(song)), bool))
         for i in range(config.layers):
             q = jax.tree.map(lambda w, i=i: w[i], p["layers"])
+            of_self = functools.partial(attention, q["self_attention"], seen=causal, heads=config.heads)
             for norm, sublayer in (
-                (q["norm1"], lambda x, q=q, seen=causal: attention(q["self_attention"], x, x, seen, config.heads)),
+                (q["norm1"], lambda x, f=of_self: f(x, x, rotary=config.rotary)),
                 (q["norm2"], lambda x, q=q, m=memory: attention(q["cross_attention"], x, m, True, config.heads)),
                 (q["norm3"], lambda x, q=q: linear(q["down"], gelu(linear(q["up"], x)))),
             ):

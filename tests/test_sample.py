@@ -18,11 +18,11 @@ from l2m_jax.rule import make_rule, variants
 from l2m_jax.sample import Context, Song, cache_size, said, sample_codes, sample_states
 from l2m_jax.tokens import Layout, make_layout
 
-V = 16
+V = 16  # both are of 64 positions
 FLATTEN = ModelConfig(
     codebooks=2, entries=V, frames=31, memory=6, text_width=8, width=16, heads=2, layers=2, norm="pre"
 )
-DELAY = dataclasses.replace(FLATTEN, layout="delay", codebooks=3, frames=60, norm="post")  # both are 64 positions
+DELAY = dataclasses.replace(FLATTEN, layout="delay", codebooks=3, frames=60, norm="post", rotary=True)
 each_model = pytest.mark.parametrize("config", [FLATTEN, DELAY], ids=["flatten", "delay"])
 GREEDY = SampleConfig(temperature=0.0, guidance_lyrics=1.0)
 FREE = SampleConfig(temperature=1.0, top_k=0, guidance_lyrics=1.0)
