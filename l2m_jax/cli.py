@@ -1,7 +1,7 @@
 """The command `l2m`; its subcommands are in `commands/`, which import JAX only when run, so that --help is quick.
 
 Exit status: 0 done; 1 done, but something was left out; 2 a mistake in the command or its input; 130 (Ctrl-C) and 143
-(SIGTERM; of a training, either) stopped, to be gone on with.
+(SIGTERM) stopped, to be gone on with.
 """
 
 from __future__ import annotations

@@ -55,8 +55,8 @@ class ModelConfig:
     """post: x = LN(x + f(x)) (Vaswani et al., 2017). deepnorm: a = (3 L)^(1/4), for depth (Wang et al., 2022).
     pre: x + f(LN(x)) and an LN after the last layer (Xiong et al., 2020)."""
     rotary: bool = False
-    """Queries and keys of self-attention are turned by their positions (Su et al., 2021), beside learned embeddings:
-    what stands so far back is then found everywhere alike."""
+    """RoPE (Su et al., 2021) beside the learned position embeddings: queries and keys of self-attention are turned by
+    their positions, so that their products tell how far apart they stand."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type; parameters stay float32. auto: float32 on CPU, bfloat16 on accelerators."""
 

@@ -80,8 +80,8 @@ def draw_spectrograms(path: Path, sounds: dict[str, Float[np.ndarray, " T"]], ra
     _save(plt, figure, path)
 
 
-def draw_lines(path: Path, x: Sequence[float], curves: dict[str, Sequence[float]], across: str, up: str) -> None:
-    """Named curves over the same x."""
+def draw_lines(path: Path, x: Sequence[float], curves: dict[str, Sequence[float | None]], across: str, up: str) -> None:
+    """Named curves over the same x; None leaves a gap."""
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for name, y in curves.items():

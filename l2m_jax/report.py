@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,14 +15,12 @@ from rich.text import Text
 
 from l2m_jax.audio import write_atomic
 from l2m_jax.bootstrap import Estimate
-from l2m_jax.config import Part
 from l2m_jax.picture import draw_bars, draw_confusion, draw_lines
 from l2m_jax.progress import say
 from l2m_jax.song import write_json
 
 SHOWN = {"right": "right lyrics and genre", "shuffled_lyrics": "shuffled lyrics", "no_lyrics": "no lyrics"}
 MISSING = "-"
-PARTS = typing.get_args(Part)
 
 
 class Table(NamedTuple):
@@ -38,13 +35,13 @@ class Table(NamedTuple):
 def write_report(out: Path, figures: dict[str, Any], console: Console | None = None) -> None:
     """Prints the tables, and writes evaluation.json, evaluation.md and the plots into `out`.
 
-    Parts that `figures` lack stay as `out` has them, where they are of the same model, songs and settings. UserError
-    where something cannot be written.
+    Parts that `figures` lack stay as `out` has them, where they still hold. UserError where they cannot be written.
     """
-    console, figures = console or Console(), figures | _there(out, figures)
-    tables = tabulate(figures)
+    console = console or Console()
+    kept = _kept(out, figures)
+    figures = figures | kept
     write_json(out / "evaluation.json", plain(figures))
-    plots = _draw(out, figures)
+    tables, plots = tabulate(figures), _draw(out, figures)
     text = [f"# {figures['run']}, step {figures['step']}", f"{figures['songs']} songs of {figures['data']}."]
     text += [f"**Warning**: {warning}." for warning in figures["warnings"]]
     text += [part for table in tables for part in (f"## {table.title}", _markdown(table), table.protocol) if part]
@@ -60,24 +57,29 @@ def write_report(out: Path, figures: dict[str, Any], console: Console | None = N
         Console(file=console.file, width=max(console.width, 110)).print(shown)  # off a terminal rich takes 80
         if table.protocol:
             say(console, table.protocol)
+    for part in kept:
+        say(console, f"{part} is of an earlier evaluation of this model on these songs")
     say(console, f"written in {out}: {', '.join(['evaluation.json', 'evaluation.md', *plots])}")
 
 
-def _there(out: Path, figures: dict[str, Any]) -> dict[str, Any]:
-    """The parts in `out` that are not evaluated anew and still hold."""
+def _kept(out: Path, figures: dict[str, Any]) -> dict[str, Any]:
+    """The parts in `out` that are not evaluated anew and still hold: of this model and these songs, sung as now."""
 
     def estimates(values: dict[str, Any]) -> Any:
         return Estimate(**values) if set(values) == set(Estimate._fields) else values
 
-    def of(figures: dict[str, Any]) -> Any:
-        asked = {k: v for k, v in figures["settings"].items() if k not in ("only", "batch", "pictures")}
-        return plain([figures["model"], figures["songs_fingerprint"], figures["made_with"], asked])
+    def origin(figures: dict[str, Any]) -> tuple[Any, Any]:
+        of_songs = [figures[name] for name in ("model", "songs_fingerprint", "made_with")]
+        return plain(of_songs), plain([figures["settings"][name] for name in ("songs", "seed", "sampling")])
 
+    now = origin(figures)
     try:
         there = json.loads((out / "evaluation.json").read_text(encoding="utf-8"), object_hook=estimates)
-        return {k: v for k, v in there.items() if k in PARTS and k not in figures} if of(there) == of(figures) else {}
-    except (OSError, ValueError, KeyError, TypeError):  # there is none, or another's
+        before = origin(there)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # there is none, or an older one
         return {}
+    same = {"likelihood": now[0] == before[0], "alignment": now[0] == before[0], "generation": now == before}
+    return {part: there[part] for part in same if part in there and part not in figures and same[part]}
 
 
 def plain(value: Any) -> Any:
@@ -139,7 +141,8 @@ def _alignment(found: dict[str, Any]) -> Table:
 
     def row(name: str, errors: dict[str, Any]) -> list[str]:
         shares = (_share(errors[f"within_{limit}_ms"]) for limit in (100, 300))
-        return [name, str(errors["words"]), f"{errors['median_ms']:.0f}", f"{errors['mean_ms']:.0f}", *shares]
+        times = (_number(errors[f"{kind}_ms"], digits=0) for kind in ("median", "mean"))
+        return [name, str(errors["words"]), *times, *shares]
 
     chosen = found["chosen_on"]
     heads = ", ".join(f"layer {layer} head {head}" for layer, head in found["heads"])
@@ -199,7 +202,7 @@ def _generation(found: dict[str, Any], sampling: dict[str, Any]) -> Table:
     return Table(title, ("", "generated [95 %]", "the codec's ceiling [95 %]"), rows, " ".join(protocol))
 
 
-def _number(value: Any, interval: bool = True) -> str:
+def _number(value: Any, interval: bool = True, digits: int = 3) -> str:
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return MISSING
     if isinstance(value, Estimate):
@@ -207,7 +210,7 @@ def _number(value: Any, interval: bool = True) -> str:
         if interval and low is not None and high is not None:
             return f"{value.value:.3f} [{low:.3f}, {high:.3f}]"
         return f"{value.value:.3f}"
-    return str(value) if isinstance(value, int) else f"{value:.3f}"
+    return str(value) if isinstance(value, int) else f"{value:.{digits}f}"
 
 
 def _share(value: Any) -> str:

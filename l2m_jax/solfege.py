@@ -66,16 +66,16 @@ def random_lyrics(
     """A random lyric of `lo` to `hi` syllables, in lines of 3 to 5 (the last may be shorter).
 
     A syllable is drawn from all seven, or, with the chance `repeats`, is the one before once more. With `sections` the
-    lyric is tagged [verse], [chorus], [verse], [chorus], both choruses of the same words, and has at least four
-    syllables. One whose `words_of` stands in `exclude` is drawn anew, so that songs can be held out from a training
-    set.
+    lyric is then parted and tagged [verse], [chorus], [verse], [chorus], both choruses of the same words, and has at
+    least four syllables. One whose `words_of` stands in `exclude` is drawn anew, so that songs can be held out from a
+    training set.
     """
     if not 1 <= lo <= hi or (sections and hi < 4):
         raise UserError(f"notes are {lo} to {hi}; allowed: 1 and above (with sections up to 4 at least), lower first")
     lo = max(lo, 4) if sections else lo
     for _ in range(1000):
         words = rng.choice(SYLLABLES, rng.integers(lo, hi + 1)).tolist()
-        for i in range(1, len(words)) if repeats else ():
+        for i in range(1, len(words)) if repeats else ():  # without, the draws are those of earlier corpora
             words[i] = words[i - 1] if rng.random() < repeats else words[i]
         if sections:
             part, half = len(words) // 4, len(words) // 2

@@ -53,11 +53,11 @@ def train(
 ) -> int:
     """Trains `run` to its last step, from its newest checkpoint where there is one. Returns the exit status.
 
-    That is 0 at the last step. SIGTERM and Ctrl-C, to any process, save a checkpoint, and it is 143 or 130. `enough` is
-    asked after each checkpoint, with the model and the steps done, whether the training may end before. `codec` turns
-    sample songs into sound (train.sample_every). UserError where the dataset does not fit the model, or the run was
-    begun with another config or songs of other encoders; other songs of the same are told. With more than one process
-    an error of one ends them all: see `hosts.together`.
+    That is 0 where it got there or had `enough`, which is asked after each checkpoint, with the model and the steps
+    done; 130 or 143 where Ctrl-C or SIGTERM, to any process, stopped it, with a checkpoint. `codec` turns sample songs
+    into sound (train.sample_every). UserError where the dataset does not fit the model, or the run was begun with
+    another config or songs of other encoders; other songs of the same are told. With more than one process an error of
+    one ends them all: see `hosts.together`.
     """
     with together():
         return _train(config, dataset, run, codec, valid, console or Console(), songs_per_valid, enough)
@@ -125,7 +125,7 @@ def _train(
                         log.image(done, looks.T)
                 if codec is not None and config.train.sample_every and done % config.train.sample_every == 0:
                     _sample(run, log, done, state.model, dataset, config, layout, codec)
-                stop = agreement.say(stopped.status and stopped.status - 128)
+                stop = agreement.say(stopped.status)
                 if done % config.train.checkpoint_every == 0 or done == config.train.steps or stop:
                     began = _report(log, *pending, began)  # first: a state that is not finite is not kept
                     pending = None
@@ -149,9 +149,9 @@ def _train(
             finally:
                 log.close()
     if step + 1 < config.train.steps:
-        by = signal.Signals(stop).name
+        by = signal.Signals(stop - 128).name
         say(console, f"{run}: stopped by {by} after step {step + 1}; the same command goes on from there")
-        return 128 + stop
+        return stop
     return 0
 
 

@@ -17,6 +17,7 @@ from l2m_jax.config import Config, MeshConfig, ModelConfig, SampleConfig, TrainC
         (ModelConfig, {"width": 100, "heads": 3}, "width 100 must be a multiple of model.heads 3"),
         (ModelConfig, {"heads": 4, "key_heads": 3}, "model.key_heads is 3; .* divides model.heads 4"),
         (ModelConfig, {"key_heads": -1}, "model.key_heads is -1"),
+        (ModelConfig, {"width": 12, "heads": 4, "rotary": True}, "model.rotary turns pairs: heads of 3"),
         (ModelConfig, {"frames": -1}, "model.frames is -1"),
         (TrainConfig, {"batch": 0}, "train.batch is 0"),
         (TrainConfig, {"batch": 8, "accumulate": 3}, "accumulate 3 must divide train.batch 8"),

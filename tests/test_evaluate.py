@@ -72,14 +72,6 @@ def test_a_rerun_sings_only_what_is_missing(evaluated, tmp_path, capsys):
     assert "## Bits per code of 6 songs" in (again / "evaluation.md").read_text() and "Word starts by attention" in said
 
 
-def test_other_settings_make_the_other_parts_void(evaluated, tmp_path):
-    out, command = evaluated
-    again = shutil.copytree(out, tmp_path / "again")
-    assert l2m(*command[:5], again, *command[6:], "--seed", 1, "--only", "likelihood") == 0
-    told = json.loads((again / "evaluation.json").read_text())
-    assert "likelihood" in told and not {"alignment", "generation"} & set(told)
-
-
 def test_the_sound_of_songs_is_a_reference_too(evaluated, songs, tmp_path):
     out, command = evaluated
     again = shutil.copytree(out, tmp_path / "again")

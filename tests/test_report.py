@@ -24,7 +24,8 @@ SOUND = {
 }
 FIGURES = {
     "run": "run", "step": 7, "data": "held|out", "songs": 4, "warnings": ["held_out was trained on"],
-    "settings": {"sampling": {"temperature": 0.7}},
+    "model": "0f", "songs_fingerprint": "1f", "made_with": {"codec": "2f"},
+    "settings": {"songs": 4, "seed": 0, "sampling": {"temperature": 0.7}},
     "likelihood": {
         "songs": 4, "codes": 80, "sung_words": 9, "songs_cut": 1, "frames_outside_of_the_window": 5,
         "bits_per_code": dict.fromkeys(CONDITIONS, PER_CODE),
@@ -81,6 +82,22 @@ def test_a_part_that_was_left_out_is_no_table(tmp_path):
     assert tabulate(figures)[0].rows == [["none: songs with word times are needed"]]
     write_report(tmp_path, figures, Console(file=io.StringIO()))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.json", "evaluation.md"]
+
+
+def test_parts_that_are_not_evaluated_anew_stay_where_they_hold(tmp_path):
+    def again(**other):
+        write_report(tmp_path / "out", other, Console(file=io.StringIO()))
+        return json.loads((tmp_path / "out" / "evaluation.json").read_text())
+
+    of = {name: value for name, value in FIGURES.items() if name not in ("likelihood", "alignment", "generation")}
+    unknown = FIGURES["alignment"] | {"attention": ERRORS | {"words": 0, "median_ms": float("nan")}}
+    whole = again(**FIGURES | {"alignment": unknown})
+    text = (tmp_path / "out" / "evaluation.md").read_text()
+    assert again(**of, likelihood=FIGURES["likelihood"]) == whole
+    assert (tmp_path / "out" / "evaluation.md").read_text() == text and "| 0 | - | 60 |" in text
+    sung_otherwise = of | {"settings": of["settings"] | {"seed": 1}}
+    assert {"likelihood", "alignment"} <= set(found := again(**sung_otherwise)) and "generation" not in found
+    assert not {"likelihood", "alignment", "generation"} & set(again(**of | {"songs_fingerprint": "3f"}))
 
 
 def test_values_are_json():
