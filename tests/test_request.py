@@ -11,8 +11,8 @@ from l2m_jax.request import Request, pack, read_requests, read_text
 
 
 def test_a_request_is_flat_and_its_rule_is_a_plain_one():
-    request = Request(lyrics="la", seed=3, temperature=0.5, top_k=7)
-    assert request.rule == SampleConfig(temperature=0.5, top_k=7) and type(request.rule) is SampleConfig
+    request = Request(lyrics="la", seed=3, temperature=0.4, top_k=7)
+    assert request.rule == SampleConfig(temperature=0.4, top_k=7) and type(request.rule) is SampleConfig
     assert dataclasses.asdict(request)["lyrics"] == "la" and dataclasses.asdict(request)["top_k"] == 7
 
 
