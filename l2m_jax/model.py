@@ -320,10 +320,13 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
 
 def sinusoids(position: Int[Array, "B S"], width: int) -> Float[Array, "B S D"]:
     """Sine and cosine of the position at wavelengths from 2 pi to 10,000 x 2 pi (Vaswani et al., 2017)."""
-    half = (width + 1) // 2
-    rates = 10_000.0 ** (-jnp.arange(half) / half)
-    angles = position[..., None] * rates
+    angles = position[..., None] * _rates((width + 1) // 2)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)[..., :width]
+
+
+def _rates(count: int) -> Float[Array, " count"]:
+    """Radians a position: from 1 down to almost 1 / 10,000."""
+    return 10_000.0 ** (-jnp.arange(count) / count)
 
 
 def turned(x: Float[Array, "B N T H"], position: Int[Array, " T"]) -> Float[Array, "B N T H"]:
@@ -332,7 +335,7 @@ def turned(x: Float[Array, "B N T H"], position: Int[Array, " T"]) -> Float[Arra
     Products of queries and keys then depend on how far apart they stand (Su et al., 2021, "RoFormer", 3.2).
     """
     half = x.shape[-1] // 2
-    angles = position[:, None] * 10_000.0 ** (-jnp.arange(half) / half)
+    angles = position[:, None] * _rates(half)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     a, b = x[..., :half], x[..., half:]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
