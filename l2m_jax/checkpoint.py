@@ -80,11 +80,16 @@ def prepare_run(run: Path, info: RunInfo, console: Console) -> None:
     changed = differences(old.config, info.config)
     free = ("train.log_every", "train.checkpoint_every", "train.keep", "train.valid_every", "train.sample", "mesh.")
     free += ("train.remat", "train.chunk")  # the same loss, but for rounding
+    free += ("train.steps",)  # told, for the learning rate changes: a run that is done can be made longer
     fixed = [c for c in changed if not c.startswith(free)]
     if fixed:
         raise UserError(
             f"{run} was begun with another config ({'; '.join(fixed)}): give the same, or name another --run"
         )
+    if (done := max(_steps(run), default=0)) > info.config.train.steps:
+        raise UserError(f"{run} has {done} steps done: train.steps {info.config.train.steps} must be no fewer")
+    if old.config.train.steps != info.config.train.steps:
+        changed.append("the learning rate follows the cosine of these steps from here on")
     if old.songs not in ("", info.songs):
         changed.append("other songs than before, in an order of their own from here on")
     if changed:
@@ -155,8 +160,7 @@ def load_model(run: Path, step: int | None = None) -> tuple[SoundTransformer, Ru
         if step not in (None, only):
             raise UserError(f"{run} has no checkpoint of step {step}; it is an exported model of step {only}")
         return model, info, only
-    folder = run / "checkpoints"
-    steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+    steps = _steps(run)
     if not steps:
         raise UserError(f"{run} has no checkpoint yet; train it first: l2m train --run {run}")
     if step is not None and step not in steps:
@@ -165,6 +169,12 @@ def load_model(run: Path, step: int | None = None) -> tuple[SoundTransformer, Ru
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     parts = restore(run, chosen, {"model": shapes}, {"model": jax.tree.map(lambda _: device, shapes)})
     return parts["model"], info, chosen
+
+
+def _steps(run: Path) -> list[int]:
+    """Steps of which the run has a checkpoint, the newest last."""
+    folder = run / "checkpoints"
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
 
 
 def _read_exported(run: Path, shapes: Any) -> tuple[SoundTransformer, int]:

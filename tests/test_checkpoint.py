@@ -148,6 +148,20 @@ def test_what_does_not_change_the_training_may_change(begun):
     assert read_run(run).config == config
 
 
+def test_steps_may_change_but_not_below_those_done(mine):
+    says = io.StringIO()
+    info = read_run(mine)
+    for steps in (20, 12):
+        asked = info._replace(config=changed(steps=steps))
+        prepare_run(mine, asked, Console(file=says, width=400))
+        assert read_run(mine) == asked
+    told = "the learning rate follows the cosine of these steps from here on"
+    assert says.getvalue() == f"{mine}: train.steps 12 -> 20; {told}\n{mine}: train.steps 20 -> 12; {told}\n"
+    with pytest.raises(UserError, match="run has 12 steps done: train.steps 11 must be no fewer"):
+        prepare_run(mine, info._replace(config=changed(steps=11)), Console(quiet=True))
+    assert read_run(mine) == asked
+
+
 def test_songs_of_another_origin_are_refused(begun):
     run, info = begun
     other = info._replace(made_with=MADE_WITH._replace(text_fingerprint="other"))

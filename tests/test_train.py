@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from l2m_jax.config import MeshConfig, UserError
 from l2m_jax.data import Dataset, Example, batches, make_example
 from l2m_jax.log import Log, Silence
 from l2m_jax.model import prompt_of
+from l2m_jax.optim import schedule
 from l2m_jax.sharding import make_mesh
 from l2m_jax.step import keep_conditions, losses, make_program
 from l2m_jax.tokens import make_layout
@@ -121,6 +123,19 @@ def test_a_run_at_its_end_has_nothing_to_do(tmp_path, prepared, trained):
     before = (trained / "metrics.jsonl").read_text()
     assert not train(CONFIG, Dataset(prepared), trained, None)
     assert (trained / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_at_its_end_can_be_made_longer(tmp_path, prepared, trained):
+    """What was trained stays; the learning rate goes up to where the longer cosine has it."""
+    run, config = tmp_path / "run", changed(steps=20)
+    shutil.copytree(trained, run)
+    assert not train(config, Dataset(prepared), run, None, enough=lambda model, step: step == 16)
+    assert not train(config, Dataset(prepared), run, None)  # stopped and gone on in what was added
+    told = loss_texts(run)
+    assert told[:12] == loss_texts(trained) and load_model(run)[2] == 20
+    rates = [float(schedule(config.train)(step)) for step in range(12, 20)]
+    np.testing.assert_allclose([line["lr"] for line in lines(run)[12:]], rates, rtol=1e-6)
+    assert rates[0] > 4 * lines(trained)[-1]["lr"]
 
 
 def test_a_training_in_windows_goes_on_as_if_never_stopped(tmp_path, prepared):
