@@ -27,9 +27,10 @@ jaxtyping.install_import_hook([f"l2m_jax.{name}" for name in modules], "conftest
 import jax  # noqa: E402 - after its environment
 
 from l2m_jax.config import Config, ModelConfig, TrainConfig  # noqa: E402
-from l2m_jax.data import VERSION, Dataset, MadeWith, Record, pack, write_record  # noqa: E402
+from l2m_jax.data import VERSION, Dataset, Example, MadeWith, Record, make_example, pack, write_record  # noqa: E402
 from l2m_jax.prepare import Encoders, prepare  # noqa: E402
 from l2m_jax.solfege import make_solfege  # noqa: E402
+from l2m_jax.tokens import make_layout  # noqa: E402
 from l2m_jax.train import train  # noqa: E402
 from l2m_jax.weights import load_codec  # noqa: E402
 
@@ -68,6 +69,12 @@ def make_record(i: int, frames: int = 30, pieces: int = 6, genre_pieces: int = 2
         word=np.arange(pieces),
         word_times=np.zeros((0, 3)),
     )
+
+
+def one_batch(dataset: Dataset, rows: int = 8) -> Example:
+    """The first songs of a dataset that fits CONFIG, as a batch."""
+    layout, memory = make_layout(CONFIG.model), CONFIG.model.memory
+    return Example(*map(np.stack, zip(*(make_example(dataset[i], layout, memory) for i in range(rows)))))
 
 
 def make_prepared(folder: Path, records: list[Record], made_with: MadeWith = MADE_WITH) -> Path:

@@ -5,7 +5,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from conftest import CONFIG
+from conftest import CONFIG, changed
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
@@ -79,9 +79,12 @@ def test_mistakes(trained, exported, tmp_path, monkeypatch):
 def test_a_card_is_of_its_step_and_its_command_can_be_copied(exported, tmp_path, monkeypatch):
     run = exported[0].parent / "run"
     kept = read_run(run)
-    monkeypatch.setattr("l2m_jax.checkpoint.read_run", lambda folder: kept._replace(genres=["hip hop"]))
+    assert "rotary" not in (exported[0] / "README.md").read_text()
+    turned = kept._replace(config=changed(model={"rotary": True}), genres=["hip hop"])
+    monkeypatch.setattr("l2m_jax.checkpoint.read_run", lambda folder: turned)
     export(run, tmp_path / "later", 12)
     card = (tmp_path / "later" / "README.md").read_text()
+    assert "2 layers, 16 wide, 2 heads, rotary, norm post" in card
     assert "12 of 13 notes" not in card and "None: the one in run/evaluation is of step 8." in card
     assert "--genre 'hip hop' -o song.wav" in card and not (tmp_path / "later" / "alignment.json").exists()
 

@@ -1,4 +1,4 @@
-"""Training: the step, exact resume, and what stops a run."""
+"""Training: exact resume, and what stops a run."""
 
 import dataclasses
 import io
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile
-from conftest import CONFIG, MADE_WITH, changed, make_prepared, make_record
+from conftest import CONFIG, MADE_WITH, changed, make_prepared, make_record, one_batch
 from orbax.checkpoint import v1 as ocp
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
@@ -22,12 +22,11 @@ from tensorboardX.proto.event_pb2 import Event
 from l2m_jax import train as module
 from l2m_jax.checkpoint import load_model
 from l2m_jax.config import MeshConfig, UserError
-from l2m_jax.data import Dataset, Example, batches, make_example
+from l2m_jax.data import Dataset, batches
 from l2m_jax.log import Log, Silence
-from l2m_jax.model import prompt_of
 from l2m_jax.optim import schedule
 from l2m_jax.sharding import make_mesh
-from l2m_jax.step import keep_conditions, losses, make_program
+from l2m_jax.step import losses, make_program
 from l2m_jax.tokens import make_layout
 from l2m_jax.train import make_evaluate, train
 
@@ -57,10 +56,6 @@ def spy(monkeypatch, do):
             yield example
 
     monkeypatch.setattr(module, "batches", watched)
-
-
-def one_batch(dataset, rows=8):
-    return Example(*map(np.stack, zip(*(make_example(dataset[i], LAYOUT, 10) for i in range(rows)))))
 
 
 def test_every_step_is_told_once(trained):
@@ -190,36 +185,6 @@ def test_one_batch_is_learnt_by_heart(tmp_path):
     told = lines(tmp_path / "run")
     print(f"loss {told[0]['loss']:.2f} -> {told[-1]['loss']:.4f} nats per code")
     assert told[0]["loss"] > 2.5 and told[-1]["loss"] < 0.1
-
-
-def test_condition_dropout_has_its_shares_and_depends_on_seed_step_and_row():
-    config = dataclasses.replace(CONFIG.train, dropout=(0.2, 0.1, 0.3))
-    draw = jax.jit(lambda seed, step, rows: keep_conditions(jax.random.key(seed), step, rows, config))
-    rows = jnp.arange(20_000)
-    kept = np.asarray(draw(0, 3, rows))
-    genre, lyrics = kept.T
-    shares = [np.mean(x) for x in (genre & ~lyrics, ~genre & lyrics, ~genre & ~lyrics, genre & lyrics)]
-    np.testing.assert_allclose(shares, [0.2, 0.1, 0.3, 0.4], atol=0.012)  # 3.5 standard deviations
-    np.testing.assert_array_equal(kept[500:600], draw(0, 3, rows[500:600]))
-    for other in (draw(1, 3, rows), draw(0, 4, rows)):
-        assert np.mean(other != kept) > 0.3
-    assert keep_conditions(jax.random.key(0), jnp.array(0), rows, dataclasses.replace(config, dropout=(0, 0, 0))).all()
-
-
-def test_loss_is_the_mean_over_codes_and_does_not_depend_on_chunk_or_remat(prepared, trained):
-    model, batch = load_model(trained)[0], one_batch(Dataset(prepared))
-    keep = jnp.ones((8, 2), bool)
-    total = jax.jit(lambda m, b, k: losses(m, b, k, LAYOUT, 16, "layer"))(model, batch, keep)
-
-    def plain(model, batch):
-        memory = model.memory(prompt_of(batch), keep)
-        hidden = model.hidden(batch.ids, LAYOUT.place(jnp.arange(batch.ids.shape[1])), memory)
-        return jax.nn.log_softmax(model.logits(hidden))
-
-    said = np.take_along_axis(np.asarray(jax.jit(plain)(model, batch)), batch.targets[..., None], -1)[..., 0]
-    counts = batch.targets != LAYOUT.pad
-    np.testing.assert_allclose(total.nats, -np.where(counts, said, 0).sum((0, 1)), rtol=1e-5)
-    np.testing.assert_array_equal(total.codes, counts.sum((0, 1)))
 
 
 @pytest.mark.parametrize("songs", [8, 7, 3])
