@@ -23,7 +23,7 @@ from l2m_jax.blockwise import KEPT, blockwise_attention
 from l2m_jax.sharding import SONGS
 
 SMALL = 1 << 22  # scores (16 MiB) up to which the plain formula is taken
-LANES = 128  # what the TPU's kernel wants head width and positions to be multiples of
+LANES = 128  # what the TPU's kernel wants head width and positions to be multiples of; its memory pads to them anyway
 HEADS, POSITIONS = ("tensor",), ("context",)  # axes of the mesh
 
 
@@ -113,7 +113,7 @@ def _local(q: Array, k: Array, v: Array, start: Array, seen: Array | None, kerne
 def _splash_kernel(q: Array, k: Array, causal: bool, on: str, head_shards: int, position_shards: int) -> Any:
     """The TPU's kernel for the shards of a device, or None where it is not a TPU or the shapes do not suit it."""
     length, keys = q.shape[2], -(-k.shape[2] // LANES) * LANES
-    if on != "tpu" or q.shape[3] % LANES or length % (position_shards * LANES) or (causal and length != keys):
+    if on != "tpu" or length % (position_shards * LANES) or (causal and length != keys):
         return None
     tile_q, tile_k = math.gcd(length // position_shards, 512), math.gcd(keys, 512)
     if not causal:  # the mask of all shards is the same
@@ -136,15 +136,15 @@ def _splash_kernel(q: Array, k: Array, causal: bool, on: str, head_shards: int, 
 
 
 def _splash_attention(kernel: Any, q: Array, k: Array, v: Array, seen: Array | None) -> Array:
-    """Keys are padded to whole lanes; keys that are not seen are of another segment than the queries."""
-    q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+    """Heads and keys are padded to whole lanes; keys that are not seen are of another segment than the queries."""
+    width, beside, pad = q.shape[-1], -q.shape[-1] % LANES, -k.shape[2] % LANES if seen is not None else 0
+    q = jnp.pad(q * jnp.asarray(width**-0.5, q.dtype), ((0, 0), (0, 0), (0, 0), (0, beside)))
+    k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, pad), (0, beside))) for x in (k, v))
     if seen is None:
-        return jax.vmap(kernel)(q, k, v)
-    pad = -k.shape[2] % LANES
-    k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, pad), (0, 0))) for x in (k, v))
+        return jax.vmap(kernel)(q, k, v)[..., :width]
     other = jnp.pad(~seen, ((0, 0), (0, pad)), constant_values=True).astype(jnp.int32)
     segments = splash.SegmentIds(jnp.zeros((len(q), q.shape[2]), jnp.int32), other)
-    return jax.vmap(kernel)(q, k, v, segments)
+    return jax.vmap(kernel)(q, k, v, segments)[..., :width]
 
 
 def _axes(mesh: AbstractMesh, axes: tuple[str, ...], number: int) -> tuple[str, ...] | None:

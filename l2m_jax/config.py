@@ -45,7 +45,10 @@ class ModelConfig:
     width: int = 512
     """D, model width."""
     heads: int = 4
-    """N, attention heads; each is D / N wide."""
+    """N, attention heads."""
+    attention_width: int = 0
+    """Width of a position's queries, all heads together: each is so much / N wide. 0 is D. The narrower, the faster
+    are long songs and the smaller is the cache of generation (apart from D as in T5: Raffel et al., 2020)."""
     key_heads: int = 0
     """Heads of keys and values, each shared by as many query heads; 0 is one a query head. The fewer, the smaller the
     cache of generation and the faster it is (grouped queries: Ainslie et al., 2023)."""
@@ -63,8 +66,11 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("codebooks", "entries", "frames", "memory", "text_width", "width", "heads", "layers"):
             _at_least(f"model.{name}", getattr(self, name), 1)
-        if self.width % self.heads:
-            raise UserError(f"model.width {self.width} must be a multiple of model.heads {self.heads}")
+        if self.attention_width < 0:
+            raise UserError(f"model.attention_width is {self.attention_width}; allowed: 0 (model.width) and above")
+        if self.query_width % self.heads:
+            what = "attention_width" if self.attention_width else "width"
+            raise UserError(f"model.{what} {self.query_width} must be a multiple of model.heads {self.heads}")
         if self.key_heads < 0 or (self.key_heads and self.heads % self.key_heads):
             raise UserError(
                 f"model.key_heads is {self.key_heads}; allowed: 0, or what divides model.heads {self.heads}"
@@ -75,9 +81,14 @@ class ModelConfig:
             raise UserError(f"model.codebooks is {self.codebooks}; EnCodec has at most 32")
 
     @property
+    def query_width(self) -> int:
+        """Width of the queries of a position: heads times H."""
+        return self.attention_width or self.width
+
+    @property
     def head_width(self) -> int:
         """H."""
-        return self.width // self.heads
+        return self.query_width // self.heads
 
     @property
     def key_width(self) -> int:

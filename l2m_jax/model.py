@@ -88,11 +88,11 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, *, rngs: nnx.Rngs):
         plain, gained = _xavier(1.0), _xavier(config.initial_gain)
-        self.head_width, keys = config.head_width, config.key_width
-        self.query = _linear(config.width, config.width, plain, dtype, rngs)
+        self.head_width, queries, keys = config.head_width, config.query_width, config.key_width
+        self.query = _linear(config.width, queries, plain, dtype, rngs)
         self.key = _linear(config.width, keys, plain, dtype, rngs)
         self.value = _linear(config.width, keys, gained, dtype, rngs)
-        self.out = _linear(config.width, config.width, gained, dtype, rngs)
+        self.out = _linear(queries, config.width, gained, dtype, rngs)
 
     def _split(self, x: Array) -> Array:
         return x.reshape(*x.shape[:2], -1, self.head_width).swapaxes(1, 2)

@@ -110,8 +110,8 @@ def products(model: Any, config: ModelConfig) -> list[Product]:
 def attention(config: ModelConfig) -> tuple[float, float]:
     """FLOPs of one of the two products of self-attention (causal half) and of cross-attention, all layers, one song."""
     positions = make_layout(config).positions
-    own = config.layers * positions**2 * config.width
-    return float(own), 2.0 * config.layers * positions * (config.memory + KINDS) * config.width
+    own = config.layers * positions**2 * config.query_width
+    return float(own), 2.0 * config.layers * positions * (config.memory + KINDS) * config.query_width
 
 
 def step_work(model: Any, config: Config, mesh: Mapping[str, int]) -> Work:
@@ -154,7 +154,7 @@ def decode_work(model: Any, config: ModelConfig, rows: int, cache: int, chips: i
     """One step of the decode loop of each chip: a position of each row (song x variant of guidance), `cache` before."""
     kernels = [p for p in products(model, config) if p.rows == make_layout(config).positions]
     flops = rows * (
-        sum(2.0 * p.weights for p in kernels) + 4.0 * config.layers * config.width * (cache + config.memory)
+        sum(2.0 * p.weights for p in kernels) + 4.0 * config.layers * config.query_width * (cache + config.memory)
     )
     kept = 2 * config.layers * config.key_width * (cache + config.memory + KINDS) * rows
     return Work(flops * chips, flops, COMPUTE * (sum(p.weights for p in kernels) + kept), 0.0)

@@ -130,11 +130,11 @@ def position_sharding(mesh: Mesh) -> NamedSharding:
 def check_divides(mesh: Mesh, songs: int, config: ModelConfig) -> None:
     """Raises UserError where a dimension does not divide over its axis. `songs` are those of one micro-batch."""
     size, layout = dict(mesh.shape), make_layout(config)
-    heads, width, key_heads = config.heads, config.width, config.key_heads
+    heads, key_heads = config.heads, config.key_heads
     for what, number, axis, parts in (
         ("train.batch / train.accumulate", songs, "data x mesh.fsdp", size["data"] * size["fsdp"]),
         ("model.heads", heads, "tensor", size["tensor"]),
-        ("model.width", width, "fsdp", size["fsdp"]),
+        ("model.width", config.width, "fsdp", size["fsdp"]),
         ("the number of ids of the output", layout.streams * layout.id_space, "tensor", size["tensor"]),
         ("positions of the window", layout.positions, "context", size["context"]),
     ):
@@ -142,6 +142,6 @@ def check_divides(mesh: Mesh, songs: int, config: ModelConfig) -> None:
             raise UserError(f"{what} is {number}, which does not divide over mesh.{axis} = {parts}")
     keys, parts = key_heads or heads, size["tensor"]
     if keys % parts and (
-        parts % keys or width // heads * keys % parts
+        parts % keys or config.head_width * keys % parts
     ):  # devices may share a key head, not parts of two
         raise UserError(f"model.key_heads is {keys}: it must divide over mesh.tensor = {parts}, or divide {parts}")

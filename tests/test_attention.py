@@ -127,7 +127,7 @@ def on_eight_devices() -> dict[str, list[float]]:
 
 @pytest.mark.parametrize("name", SPLITS)
 def test_split_over_devices(on_eight_devices, name):
-    """The TPU's kernel is interpreted."""
+    """The TPU's kernel is interpreted, for heads of half its lanes."""
     for what, error in zip(("causal", "causal gradient", "seen", "seen gradient"), on_eight_devices[name]):
         print(f"{name}: {what} error {error:.1e}, tolerance {TOLERANCE:.0e}")
         assert error <= TOLERANCE
@@ -140,7 +140,7 @@ def compare() -> dict[str, list[float]]:
     measured = {}
     for name, (mesh_config, heads, key_heads, platform) in SPLITS.items():
         module.platform = lambda platform=platform: platform
-        length, width = (256, 128) if platform == "tpu" else (24, 4)
+        length, width = (256, 64) if platform == "tpu" else (24, 4)
         songs = 3 if name == "what does not divide" else 8
         q, grad = (random(songs, heads, length, width, seed=i) for i in (0, 3))
         k, v = (random(songs, key_heads, length, width, seed=i) for i in (1, 2))

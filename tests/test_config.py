@@ -17,6 +17,8 @@ from l2m_jax.config import Config, MeshConfig, ModelConfig, SampleConfig, TrainC
         (ModelConfig, {"width": 100, "heads": 3}, "width 100 must be a multiple of model.heads 3"),
         (ModelConfig, {"heads": 4, "key_heads": 3}, "model.key_heads is 3; .* divides model.heads 4"),
         (ModelConfig, {"key_heads": -1}, "model.key_heads is -1"),
+        (ModelConfig, {"attention_width": -4}, "model.attention_width is -4; allowed: 0 .model.width. and above"),
+        (ModelConfig, {"attention_width": 30, "heads": 4}, "attention_width 30 must be a multiple of model.heads 4"),
         (ModelConfig, {"width": 12, "heads": 4, "rotary": True}, "model.rotary turns pairs: heads of 3"),
         (ModelConfig, {"frames": -1}, "model.frames is -1"),
         (TrainConfig, {"batch": 0}, "train.batch is 0"),
@@ -58,7 +60,10 @@ def test_the_edges_of_what_is_allowed():
 
 def test_derived_numbers():
     post, deep = ModelConfig(layers=18, width=512, heads=4), ModelConfig(layers=18, norm="deepnorm")
-    assert post.head_width == 128 and post.residual_scale == 1 and post.initial_gain == 1
+    narrow = ModelConfig(width=30, heads=4, attention_width=16, key_heads=2)
+    assert (narrow.query_width, narrow.head_width, narrow.key_width) == (16, 4, 8)
+    assert post.query_width == post.key_width == 512 and post.head_width == 128
+    assert post.residual_scale == 1 and post.initial_gain == 1
     assert math.isclose(deep.residual_scale**4, 3 * 18) and math.isclose(deep.initial_gain**-4, 12 * 18)
 
 

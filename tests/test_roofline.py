@@ -19,7 +19,9 @@ from l2m_jax.tokens import make_layout
 
 ONE = dict.fromkeys(AXES, 1)
 CONFIG = Config(
-    model=ModelConfig(entries=64, frames=60, memory=30, text_width=96, width=256, heads=4, key_heads=2, layers=1),
+    model=ModelConfig(
+        entries=64, frames=60, memory=30, text_width=96, width=256, heads=4, key_heads=2, attention_width=192, layers=1
+    ),
     train=TrainConfig(batch=3),
 )
 

@@ -119,7 +119,7 @@ def test_steps_equal_the_whole_forward_pass(config: ModelConfig):
 
 @pytest.mark.parametrize(
     "config, count",
-    [(FLATTEN, 4), (DELAY, 4), (dataclasses.replace(FLATTEN, key_heads=1, rotary=True), 1)],
+    [(FLATTEN, 4), (DELAY, 4), (dataclasses.replace(FLATTEN, key_heads=1, attention_width=8, rotary=True), 1)],
     ids=["flatten", "delay", "one-row"],
 )
 @pytest.mark.parametrize("rule, room", [(GREEDY, 16), (FREE, 64)], ids=["greedy-growing", "free"])

@@ -46,8 +46,18 @@ LAYOUTS = {  # each axis, and every pair of two
     "context": MeshConfig(data=4, context=2),
     "mixed": MeshConfig(data=1, fsdp=2, tensor=2, context=2),
 }
-# No two sizes are the same that a shape should tell apart: 3 layers, 32 wide, 2 key heads 8 wide, 64 positions.
-MODEL = dataclasses.replace(CONFIG.model, frames=60, memory=10, width=32, heads=4, key_heads=2, layers=3, rotary=True)
+# No two sizes are the same that a shape should tell apart: 3 layers, 32 wide, 2 key heads 6 wide, 64 positions.
+MODEL = dataclasses.replace(
+    CONFIG.model,
+    frames=60,
+    memory=10,
+    width=32,
+    heads=4,
+    key_heads=2,
+    attention_width=24,
+    layers=3,
+    rotary=True,
+)
 SPREAD = Config(MODEL, dataclasses.replace(CONFIG.train, batch=8, chunk=16))
 
 
