@@ -3,11 +3,12 @@
 A roofline (Williams et al., 2009): a step takes at least its FLOPs over the chip's peak, at least its bytes over the
 memory's bandwidth, at least what it sends over the links'. The largest of the three is the bound; no step is quicker.
 
-FLOPs of a song, forward, with T positions, M rows of memory, S of them from the prompt (M = S + 2), width D, L layers:
+FLOPs of a song, forward, with T positions, M rows of memory, S of them from the prompt (M = S + 2), queries A wide, L
+layers:
 
     2 T x (weights of the products)                 weights of cross-attention's keys and values see M rows, `project` S
-    + L 2 T^2 D                                     self-attention: scores and sums, of which causality leaves half
-    + L 4 T M D                                     cross-attention
+    + L 2 T^2 A                                     self-attention: scores and sums, of which causality leaves half
+    + L 4 T M A                                     cross-attention
 
 Backward is twice forward: 6 N T for N weights, plus attention (Kaplan et al., 2020; Chowdhery et al., 2022).
 """
@@ -23,6 +24,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from l2m_jax.attention import LANES
 from l2m_jax.chips import Chip, Topology
 from l2m_jax.collectives import Collective
 from l2m_jax.config import Config, ModelConfig
@@ -128,7 +130,8 @@ def step_work(model: Any, config: Config, mesh: Mapping[str, int]) -> Work:
     computed = sum(p.flops * (3 + (1 if p.head else again)) for p in all_products)
     # The backward pass of splash attention makes seven products (two kernels, each of which computes the scores anew);
     # of contiguous parts of the positions the last one sees the most keys.
-    busiest = computed + (own * (2 - 1 / context) + cross) * (2 * (1 + attended) + 7)
+    lanes = -(-config.model.head_width // LANES) * LANES / config.model.head_width  # heads are padded to them
+    busiest = computed + lanes * (own * (2 - 1 / context) + cross) * (2 * (1 + attended) + 7)
 
     passes = 3 + again
     local = songs / (data * fsdp)  # songs of a chip, which it may share with others along tensor and context

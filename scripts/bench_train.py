@@ -1,13 +1,13 @@
 """How fast and how lean is a train step of `small`, one song of up to 18,000 codes? Beside the yardstick.
 
-    python scripts/bench_train.py [--yardstick DIR] [--short]
+    python scripts/bench_train.py [--yardstick DIR] [--attention-width 512] [--short]
 
 DIR holds seed_torch.py, whose `train` is run in turn with our own step, each in a process of its own. Random weights,
 random codes, `flatten`, 256 lyric states, batch 1, AdamW. Figures are medians over the rounds; start-up (imports and
 weights) and compilation are timed apart, their memory is part of the peak. Prints one JSON line last:
 
     codes_per_s                   codes of the song over the median step
-    speed_ratio                   that over the yardstick's, both at the full length
+    speed_ratio                   that over the yardstick's, both at the full length; its attention is 512 wide
     memory_ratio                  peak of resident memory over the yardstick's
     memory_growth_4500_to_18000   peak at 18,000 codes over that at 4,500; the windows have 18,432 and 5,120 positions
     step_s_N, peak_mib_N          a step, and the peak, at N codes
@@ -42,11 +42,13 @@ class Bench:
     """Timed steps a process, after one that is not."""
     short: bool = False
     """One round of the two shortest lengths, while developing."""
+    attention_width: int | None = None
+    """Instead of the preset's; 512 is the yardstick's."""
     codes: int = 0
     """What the processes that this one starts do: train on so many codes."""
 
 
-def train(codes: int, steps: int) -> dict[str, float]:
+def train(codes: int, steps: int, attention_width: int | None) -> dict[str, float]:
     """Run in a process of its own: steps on one song. JAX is imported here, so that the parent of all stays small."""
     began = time.perf_counter()
     import jax
@@ -62,7 +64,9 @@ def train(codes: int, steps: int) -> dict[str, float]:
 
     config = load_preset("small")
     frames = codes // config.model.codebooks
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, frames=frames, memory=LYRICS))
+    attention_width = config.model.attention_width if attention_width is None else attention_width
+    model = dataclasses.replace(config.model, frames=frames, memory=LYRICS, attention_width=attention_width)
+    config = dataclasses.replace(config, model=model)
     layout, rng = make_layout(config.model), np.random.default_rng(0)
     song = layout.encode(rng.integers(0, layout.entries, (frames, layout.codebooks)))
     states, row = rng.normal(size=(LYRICS, config.model.text_width)), np.zeros(LYRICS, np.int32)
@@ -97,7 +101,7 @@ def child(*command: object) -> dict[str, float]:
 def main(job: Bench) -> None:
     """Everything, in turn."""
     if job.codes:
-        print(json.dumps(train(job.codes, job.steps)))
+        print(json.dumps(train(job.codes, job.steps, job.attention_width)))
         return
     lengths = CODES[:2] if job.short else CODES
     full, found = lengths[-1], dict[str, list[float]]()
@@ -108,7 +112,7 @@ def main(job: Bench) -> None:
 
     for _ in range(1 if job.short else job.rounds):
         for codes in lengths:
-            ours = child(__file__, "--codes", codes, "--steps", job.steps)
+            ours = child(__file__, "--codes", codes, "--steps", job.steps, "--attention-width", job.attention_width)
             for name, value in ours.items():
                 note(f"{name}_{codes}", value)
         note("codes_per_s", full / ours["step_s"])

@@ -66,6 +66,21 @@ def test_flops_of_a_song_are_6_n_t_and_attention():
     assert 1.05 < work.executed / step_work(model_shapes(plain), plain, ONE).executed < 1.34  # attention is kept
 
 
+def test_narrow_heads_are_padded_to_whole_lanes():
+    """A TPU multiplies as much as with heads of 128; what it has to multiply, and the weights, are less."""
+    wide = load_preset("base")
+    narrow = dataclasses.replace(wide, model=dataclasses.replace(wide.model, attention_width=512))
+    assert (wide.model.head_width, narrow.model.head_width) == (128, 64)
+    works = [step_work(model_shapes(config), config, ONE) for config in (wide, narrow)]
+    passes = [
+        sum(p.flops * 4 for p in products(model_shapes(config), config.model))
+        for config in (wide, narrow)
+    ]
+    lost = wide.train.batch * (passes[0] - passes[1])
+    assert works[0].executed - works[1].executed == pytest.approx(lost, rel=1e-6)
+    assert works[0].model - works[1].model > wide.train.batch * 3 * attention(narrow.model)[0]
+
+
 def test_a_mesh_divides_the_work_and_sends():
     model = model_shapes(CONFIG)
     config = dataclasses.replace(CONFIG, train=TrainConfig(batch=8))
