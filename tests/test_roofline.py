@@ -72,10 +72,7 @@ def test_narrow_heads_are_padded_to_whole_lanes():
     narrow = dataclasses.replace(wide, model=dataclasses.replace(wide.model, attention_width=512))
     assert (wide.model.head_width, narrow.model.head_width) == (128, 64)
     works = [step_work(model_shapes(config), config, ONE) for config in (wide, narrow)]
-    passes = [
-        sum(p.flops * 4 for p in products(model_shapes(config), config.model))
-        for config in (wide, narrow)
-    ]
+    passes = [sum(p.flops * 4 for p in products(model_shapes(config), config.model)) for config in (wide, narrow)]
     lost = wide.train.batch * (passes[0] - passes[1])
     assert works[0].executed - works[1].executed == pytest.approx(lost, rel=1e-6)
     assert works[0].model - works[1].model > wide.train.batch * 3 * attention(narrow.model)[0]
