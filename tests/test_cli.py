@@ -109,7 +109,10 @@ def test_preset_file_with_a_mistake(tmp_path, content, says):
             "train --data DATA --run RUN --config nope",
             "--config nope: no such preset (tiny, small, base, large, demo, benchmark)",
         ),
-        ("train --data DATA --run RUN --model.heads 7", "model.width 512 must be a multiple of model.heads 7"),
+        (
+            "train --data DATA --run RUN --model.heads 7",
+            "model.attention_width 256 must be a multiple of model.heads 7",
+        ),
         ("train --data DATA --run RUN --train.seed -1", "train.seed is -1; allowed: 0 to 4294967295"),
         ("train --data DATA --run RUN", "DATA has entries 16, model.entries is 1024: set --model.entries 16"),
         ("train --data /nowhere --run RUN", "/nowhere is not a prepared dataset; make one with: l2m prepare"),
