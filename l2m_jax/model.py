@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from l2m_jax.attention import as_rows, attention, platform, step_attention, write
+from l2m_jax.attention import as_columns, as_rows, attention, platform, step_attention, write
 from l2m_jax.blockwise import KEPT
 from l2m_jax.config import ModelConfig
 from l2m_jax.lyrics import SECTIONS
@@ -62,17 +62,17 @@ class KeysValues(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values of the positions so far, as `attention.as_rows`; room for more behind them."""
+    """Keys and values of the positions so far, as `attention.as_columns`; room for more behind them."""
 
-    keys: Float[Array, "*R C H"]
-    values: Float[Array, "*R C H"]
+    keys: Float[Array, "*R H C"]
+    values: Float[Array, "*R H C"]
 
 
 class LyricCache(NamedTuple):
-    """What a layer's decode steps look at, as `attention.as_rows`."""
+    """What a layer's decode steps look at, as `attention.as_columns`."""
 
-    keys: Float[Array, "*R M H"]
-    values: Float[Array, "*R M H"]
+    keys: Float[Array, "*R H M"]
+    values: Float[Array, "*R H M"]
     seen: Bool[Array, "*R M"]
 
 
@@ -164,7 +164,7 @@ class Layer(nnx.Module):
         """What `step` looks at, computed once."""
         keys, values = self.cross_attention.keys_values(memory.states)
         seen = jnp.broadcast_to(memory.seen[:, None], keys.shape[:3])
-        return LyricCache(as_rows(keys), as_rows(values), as_rows(seen))
+        return LyricCache(as_columns(keys), as_columns(values), as_rows(seen))
 
     def step(
         self, x: Float[Array, "B 1 D"], cache: Cache, lyrics: LyricCache, at: Int[Array, ""]
@@ -172,7 +172,7 @@ class Layer(nnx.Module):
         """Position `at`: its keys and values are written into the cache, which is returned."""
         queries, new = self._ask(x, at[None])
         cache = Cache(write(cache.keys, new.keys, at), write(cache.values, new.values, at))
-        heard = jnp.arange(cache.keys.shape[-2]) <= at
+        heard = jnp.arange(cache.keys.shape[-1]) <= at
         attended = step_attention(queries, *cache, heard)
         return self._rest(x, attended, lambda q: step_attention(q, *lyrics))[0], cache
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from l2m_jax.attention import as_rows, platform
+from l2m_jax.attention import as_columns, platform
 from l2m_jax.config import SampleConfig, UserError
 from l2m_jax.model import Cache, LyricCache, Memory, Prompt, SoundTransformer
 from l2m_jax.rule import Rule, draw, guide, make_rule, penalise, variants
@@ -134,7 +134,7 @@ def _prefill(model: SoundTransformer, context: Context, layout: Layout, size: in
     cache = []
     for layer in model.layers:
         x, kept = layer.prefill(x, context.memory)
-        cache.append(Cache(*map(as_rows, kept)))
+        cache.append(Cache(*map(as_columns, kept)))
     return cache
 
 
@@ -168,7 +168,7 @@ def _context(
 def grow(cache: list[Cache], size: int) -> None:
     """Gives every layer room for `size` positions, one array after the other: never is there more than one twice."""
     for i, name in itertools.product(range(len(cache)), Cache._fields):
-        if (old := getattr(cache[i], name)).shape[-2] < size:
+        if (old := getattr(cache[i], name)).shape[-1] < size:
             longer = jax.block_until_ready(_longer(old, size))  # else all of them are allocated before one is freed
             cache[i] = cache[i]._replace(**{name: longer})
             del old, longer
@@ -182,8 +182,8 @@ def trim() -> None:
 
 
 @functools.partial(jax.jit, static_argnames="size")
-def _longer(x: Float[Array, "*R C H"], size: int) -> Float[Array, "*R size H"]:
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, size - x.shape[-2]), (0, 0)])
+def _longer(x: Float[Array, "*R H C"], size: int) -> Float[Array, "*R H size"]:
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])])
 
 
 def cache_size(positions: int, layout: Layout) -> int:
@@ -222,8 +222,8 @@ def sample_states(
     if position:
         cache = _prefill(model, context, layout, size)
     else:
-        *batch, _, width = context.lyrics[0].keys.shape
-        shape = (*batch, size, width)
+        *batch, width, _ = context.lyrics[0].keys.shape
+        shape = (*batch, width, size)
         cache = [Cache(jnp.zeros(shape, model.dtype), jnp.zeros(shape, model.dtype)) for _ in model.layers]
     state = _first(context.given, np.int32(position), songs, layout)
     window = min(rule.repetition_window * layout.codebooks // layout.streams, layout.positions)

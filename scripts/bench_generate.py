@@ -89,8 +89,8 @@ class Loop:
         most = self.layout.frames
         self.context = sample._start(self.model, self.layout, prompt, RULE, [0], [most], [most], [none])
         self.at = at // self.layout.streams
-        *rows, _, width = self.context.lyrics[0].keys.shape
-        empty = jnp.zeros((*rows, sample.cache_size(self.at + 1, self.layout), width))
+        *rows, width, _ = self.context.lyrics[0].keys.shape
+        empty = jnp.zeros((*rows, width, sample.cache_size(self.at + 1, self.layout)))
         self.cache = [Cache(empty.copy(), empty.copy()) for _ in self.model.layers]
         self.state = sample.SampleState(
             position=jnp.array(self.at),
@@ -119,7 +119,7 @@ class Loop:
             (x.cross_attention.query, x.cross_attention.out, x.self_attention, x.up, x.down) for x in self.model.layers
         ]
         weights = sum(leaf.nbytes for leaf in jax.tree.leaves((layers, self.model.head, self.context.lyrics)))
-        return weights + sum(leaf[..., :1, :].nbytes * self.at for leaf in jax.tree.leaves(self.cache))
+        return weights + sum(leaf[..., :1].nbytes * self.at for leaf in jax.tree.leaves(self.cache))
 
 
 def copy_speed(size: int) -> float:
@@ -188,8 +188,8 @@ def memory() -> dict[str, float]:
 
     def walk(loop: Loop) -> None:
         """To the end of the window."""
-        while loop.cache[0].keys.shape[-2] < loop.layout.positions:
-            loop.at = loop.cache[0].keys.shape[-2] + 1
+        while loop.cache[0].keys.shape[-1] < loop.layout.positions:
+            loop.at = loop.cache[0].keys.shape[-1] + 1
             sample.grow(loop.cache, sample.cache_size(loop.at + 2, loop.layout))
             loop.run(2)
 

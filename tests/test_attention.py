@@ -13,7 +13,7 @@ import pytest
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from l2m_jax import attention as module
-from l2m_jax.attention import as_rows, attend, attention, step_attention, write
+from l2m_jax.attention import as_columns, as_rows, attend, attention, step_attention, write
 from l2m_jax.config import MeshConfig
 from l2m_jax.sharding import make_mesh
 
@@ -61,7 +61,7 @@ def test_a_step_attends_to_the_cache(at, key_heads, songs):
     """The query of `at` equals that of the whole sequence, whatever lies in the cache behind it."""
     q, *kv = random(songs, 4, 16, 4), random(songs, key_heads, 16, 4, seed=1), random(songs, key_heads, 16, 4, seed=2)
     behind = (jnp.arange(24) >= at)[:, None]
-    cache = [as_rows(jnp.where(behind, 1e4, jnp.pad(x, ((0, 0), (0, 0), (0, 8), (0, 0))))) for x in kv]
+    cache = [as_columns(jnp.where(behind, 1e4, jnp.pad(x, ((0, 0), (0, 0), (0, 8), (0, 0))))) for x in kv]
     now = slice(at, at + 1)
     cache = [write(c, x[:, :, now], jnp.array(at)) for c, x in zip(cache, kv)]
     ours = step_attention(q[:, :, now], *cache, jnp.arange(24) <= at)
@@ -73,7 +73,7 @@ def test_a_step_attends_to_what_each_song_sees(songs, key_heads):
     q, *kv = random(songs, 4, 1, 4), random(songs, key_heads, 9, 4, seed=1), random(songs, key_heads, 9, 4, seed=2)
     seen = random_seen(songs, 9)
     of_heads = as_rows(jnp.broadcast_to(seen[:, None], (songs, key_heads, 9)))
-    check("step", step_attention(q, *map(as_rows, kv), of_heads), plain(q, *kv, seen))
+    check("step", step_attention(q, *map(as_columns, kv), of_heads), plain(q, *kv, seen))
 
 
 def test_unseen_keys_change_nothing():

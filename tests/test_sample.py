@@ -103,7 +103,7 @@ def test_steps_equal_the_whole_forward_pass(config: ModelConfig):
         return model.logits(x), new
 
     for known in (0, 7):
-        caches = [Cache(*(jnp.full((4, 16, 8), 9.0) for _ in range(2))) for _ in range(2)]
+        caches = [Cache(*(jnp.full((4, 8, 16), 9.0) for _ in range(2))) for _ in range(2)]
         if known:  # what lies behind the known positions is written before it is read
             heard = jnp.where(jnp.arange(64)[None, :, None] < known, jnp.pad(ids[:, 1:], ((0, 0), (0, 54), (0, 0))), -1)
             context = Context([], model.memory(prompt, keep), make_rule(FREE), *[heard] * 4)
@@ -299,7 +299,7 @@ def test_a_step_copies_no_cache(key_heads, songs):
     context = sample._start(model, layout, prompt, FREE, range(songs), [500] * songs, [500] * songs, none)
     state = sample._first(context.given, np.int32(0), songs, layout)
     rows = context.lyrics[0].keys.shape[:-2]
-    empty = jnp.zeros((*rows, layout.positions, 8))
+    empty = jnp.zeros((*rows, 8, layout.positions))
     cache = [Cache(empty.copy(), empty.copy()) for _ in model.layers]
     program = sample._segment.lower(model, context, state, cache, np.int32(9), layout, 0).compile().as_text()
     shape = rf"f32\[(1,)?{','.join(map(str, empty.shape))}\]"
