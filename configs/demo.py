@@ -2,7 +2,7 @@
 
 5.5 M parameters, 256 wide, 4 layers, `delay`; windows of 2.5 s, 16 songs a step, 1,000 steps. DeepNorm takes twice the
 learning rate that the plain post-norm takes, and gets lower in the same number of steps. The songs say when each word
-is sung, and a head is taught to look there: `guide`. With `rotary` it learns that sooner.
+is sung, and a head is taught to look there: `guide`.
 """
 
 from l2m_jax.config import Config, ModelConfig, TrainConfig

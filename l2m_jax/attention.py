@@ -180,7 +180,7 @@ def step_attention(
     """`attend` of a decode step: one query a head, keys and values as `as_columns`.
 
     They are read where they lie. With positions last, scores come as rows of C and no product turns anything over:
-    XLA's CPU compiler runs that up to twice as fast as [C, H]. What is normalised is the result, not the C weights.
+    on CPUs that is 1.3 to 1.8 times as fast as [C, H]. What is normalised is the result, not the C weights.
     """
     grouped = q.reshape(*k.shape[:-2], -1, q.shape[3])  # [*R, N / K, H]
     scores = jnp.einsum("...qh,...hc->...qc", grouped, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5

@@ -165,6 +165,12 @@ def _context(
     return Context(lyrics, memory, rule, luck, given, least, most)
 
 
+def empty_cache(model: SoundTransformer, context: Context, size: int) -> list[Cache]:
+    """Room for `size` positions in every layer, as many rows as the lyrics' keys have."""
+    shape = (*context.lyrics[0].keys.shape[:-1], size)
+    return [Cache(jnp.zeros(shape, model.dtype), jnp.zeros(shape, model.dtype)) for _ in model.layers]
+
+
 def grow(cache: list[Cache], size: int) -> None:
     """Gives every layer room for `size` positions, one array after the other: never is there more than one twice."""
     for i, name in itertools.product(range(len(cache)), Cache._fields):
@@ -222,9 +228,7 @@ def sample_states(
     if position:
         cache = _prefill(model, context, layout, size)
     else:
-        *batch, width, _ = context.lyrics[0].keys.shape
-        shape = (*batch, width, size)
-        cache = [Cache(jnp.zeros(shape, model.dtype), jnp.zeros(shape, model.dtype)) for _ in model.layers]
+        cache = empty_cache(model, context, size)
     state = _first(context.given, np.int32(position), songs, layout)
     window = min(rule.repetition_window * layout.codebooks // layout.streams, layout.positions)
     window = window if context.rule.repetition is not None else 0

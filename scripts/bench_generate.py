@@ -46,7 +46,7 @@ from l2m_jax.audio import write_wav  # noqa: E402
 from l2m_jax.cli import load_preset  # noqa: E402
 from l2m_jax.codec import decode, decode_chunk, decoder_state  # noqa: E402
 from l2m_jax.config import SampleConfig  # noqa: E402
-from l2m_jax.model import LYRIC, Cache, Prompt, SoundTransformer  # noqa: E402
+from l2m_jax.model import LYRIC, Prompt, SoundTransformer  # noqa: E402
 from l2m_jax.tokens import make_layout  # noqa: E402
 from l2m_jax.weights import load_codec  # noqa: E402
 
@@ -89,9 +89,8 @@ class Loop:
         most = self.layout.frames
         self.context = sample._start(self.model, self.layout, prompt, RULE, [0], [most], [most], [none])
         self.at = at // self.layout.streams
-        *rows, width, _ = self.context.lyrics[0].keys.shape
-        empty = jnp.zeros((*rows, width, sample.cache_size(self.at + 1, self.layout)))
-        self.cache = [Cache(empty.copy(), empty.copy()) for _ in self.model.layers]
+        size = sample.cache_size(self.at + 1, self.layout)
+        self.cache = sample.empty_cache(self.model, self.context, size)
         self.state = sample.SampleState(
             position=jnp.array(self.at),
             heard=jnp.zeros_like(self.context.given[:, 0]),

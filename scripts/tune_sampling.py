@@ -50,7 +50,7 @@ class Tune:
     """Where the table goes as JSON."""
     songs: int = 64
     """How many songs, sung as one batch."""
-    temperatures: tuple[float, ...] = (0.5, 0.7, 0.85, 1.0)
+    temperatures: tuple[float, ...] = (0.4, 0.5, 0.7, 0.85, 1.0)
     """Tried with every guidance."""
     guidances: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0)
     """Of the lyrics; tried with every temperature."""

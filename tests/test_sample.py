@@ -292,19 +292,19 @@ def test_repetition_control_looks_back_over_its_window(config: ModelConfig):
 
 @pytest.mark.parametrize("key_heads, songs", [(1, 1), (2, 2)])
 def test_a_step_copies_no_cache(key_heads, songs):
-    """The compiled loop writes into the cache: nothing of its size is copied, whatever the number of rows."""
+    """The compiled loop writes into the cache: nothing of its size is copied or turned, whatever the number of rows."""
     config = dataclasses.replace(FLATTEN, key_heads=key_heads, frames=500)
     layout, model, prompt = make_layout(config), make_model(config).unstacked(), make_prompt(songs)
     none = [np.zeros((0, 2), np.int32)] * songs
     context = sample._start(model, layout, prompt, FREE, range(songs), [500] * songs, [500] * songs, none)
     state = sample._first(context.given, np.int32(0), songs, layout)
-    rows = context.lyrics[0].keys.shape[:-2]
-    empty = jnp.zeros((*rows, 8, layout.positions))
-    cache = [Cache(empty.copy(), empty.copy()) for _ in model.layers]
+    cache = sample.empty_cache(model, context, layout.positions)
     program = sample._segment.lower(model, context, state, cache, np.int32(9), layout, 0).compile().as_text()
-    shape = rf"f32\[(1,)?{','.join(map(str, empty.shape))}\]"
-    assert re.search(shape, program)
-    assert not [line for line in program.splitlines() if re.search(rf"= {shape}\S* copy\(", line)]
+    *rows, width, size = cache[0].keys.shape
+    ours, turned = (rf"f32\[(1,)?{','.join(map(str, (*rows, *sides)))}\]" for sides in ((width, size), (size, width)))
+    assert re.search(ours, program)
+    moved = re.compile(rf"= ({ours}|{turned})\S* (copy|transpose)\(")
+    assert not [line for line in program.splitlines() if moved.search(line)]
 
 
 def test_the_cache_grows_in_steps():
