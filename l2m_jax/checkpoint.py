@@ -86,7 +86,7 @@ def prepare_run(run: Path, info: RunInfo, console: Console) -> None:
         raise UserError(
             f"{run} was begun with another config ({'; '.join(fixed)}): give the same, or name another --run"
         )
-    if (done := max(_steps(run), default=0)) > info.config.train.steps:
+    if (done := max(steps_done(run), default=0)) > info.config.train.steps:
         raise UserError(f"{run} has {done} steps done: train.steps {info.config.train.steps} must be no fewer")
     if old.config.train.steps != info.config.train.steps:
         changed.append("the learning rate follows the cosine of these steps from here on")
@@ -160,7 +160,7 @@ def load_model(run: Path, step: int | None = None) -> tuple[SoundTransformer, Ru
         if step not in (None, only):
             raise UserError(f"{run} has no checkpoint of step {step}; it is an exported model of step {only}")
         return model, info, only
-    steps = _steps(run)
+    steps = steps_done(run)
     if not steps:
         raise UserError(f"{run} has no checkpoint yet; train it first: l2m train --run {run}")
     if step is not None and step not in steps:
@@ -171,7 +171,7 @@ def load_model(run: Path, step: int | None = None) -> tuple[SoundTransformer, Ru
     return parts["model"], info, chosen
 
 
-def _steps(run: Path) -> list[int]:
+def steps_done(run: Path) -> list[int]:
     """Steps of which the run has a checkpoint, the newest last."""
     folder = run / "checkpoints"
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []

@@ -126,6 +126,9 @@ class TrainConfig:
 
     seed: int = 0
     """Initial weights, order of songs, condition dropout."""
+    init: str = ""
+    """Run or exported model to begin with (fine-tuning), or solfege, which comes with the package; its layers have the
+    same shape. Nothing: random weights."""
     batch: int = 8
     """Songs a step, over all devices."""
     windows: int = 1

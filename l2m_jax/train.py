@@ -24,10 +24,11 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 
 from l2m_jax.audio import write_atomic, write_wav
-from l2m_jax.checkpoint import RunInfo, differences, open_checkpoints, prepare_run, restore, saving
+from l2m_jax.checkpoint import RunInfo, differences, open_checkpoints, prepare_run, restore, saving, steps_done
 from l2m_jax.codec import Codec, decode
 from l2m_jax.config import Config, MeshConfig, SampleConfig, UserError, from_json, to_json
 from l2m_jax.data import Dataset, Example, batches, make_example
+from l2m_jax.finetune import read_beginning, take_over
 from l2m_jax.follow import make_follow
 from l2m_jax.hosts import Agreement, decide, lead, meet, place, rows_here, together
 from l2m_jax.log import Log, Silence
@@ -81,7 +82,9 @@ def _train(
         raise UserError(f"{valid.folder} and {dataset.folder} were prepared differently ({'; '.join(apart)})")
     layout, mesh = make_layout(config.model), make_mesh(config.mesh)
     program = make_program(config, mesh)
-    begin(run, RunInfo(config, dataset.made_with, dataset.genres, dataset.fingerprint), len(dataset), console)
+    info = RunInfo(config, dataset.made_with, dataset.genres, dataset.fingerprint)
+    beginning = read_beginning(info) if config.train.init and not steps_done(run) else None
+    begin(run, info, len(dataset), console)
     report_songs(dataset, config, console)
 
     with jax.set_mesh(mesh):
@@ -90,6 +93,9 @@ def _train(
         first = int(decide("first step", lambda: str(latest.step if latest else 0)))
         if not first:
             state = program.init()
+            if beginning is not None:
+                state = state._replace(model=take_over(beginning, state.model))
+                say(console, f"{run}: {beginning.told}")
         else:
             state = TrainState(**restore(run, first, program.shapes._asdict(), program.shardings._asdict()))
             say(console, f"{run}: going on from step {first} of {config.train.steps}")
