@@ -41,6 +41,8 @@ def read_beginning(info: RunInfo) -> Beginning:
     """
     asked, wanted = info.config.train.init, info.config.model
     folder = default_run() if asked == SHIPPED else Path(asked)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"train.init {asked}: no run and no exported model; give the folder of one, or {SHIPPED}")
     if jax.process_count() > 1 and not (folder / WEIGHTS).is_file():
         raise UserError(f"train.init {asked}: several processes need an exported model: l2m export {asked} FOLDER")
     trained, old, step = load_model(folder)

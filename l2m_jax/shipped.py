@@ -41,7 +41,7 @@ A model of l2m_jax: lyrics and a genre go in, a song comes out. Sing with it:
 | parameters | {millions:.1f} M, stored in float16 ({megabytes:.1f} MB) |
 | model | {layers} layers, {width} wide, {heads} heads{rotary}, norm {norm}, layout {layout}, {codebooks} codebooks |
 | window | {frames} frames, {memory} rows of memory |
-| trained | {step} steps of {batch} songs, learning rate up to {lr}, guide {guide} |
+| trained | {step} steps of {batch} songs{begun}, learning rate up to {lr}, guide {guide} |
 | genres | {genres} |
 | codec | {codec} [{codec_fingerprint}] |
 | text encoder | {text_encoder}, layer {text_layer} [{text_fingerprint}] |
@@ -96,6 +96,7 @@ def _card(run: Path, name: str, info: RunInfo, step: int, parameters: int, size:
         layers=model.layers, width=model.width, heads=model.heads, norm=model.norm, layout=model.layout,
         guide=train.guide, frames=model.frames, memory=model.memory, licence=licence, **info.made_with._asdict(),
         rotary=", rotary" if model.rotary else "", evaluation=evaluation,
+        begun=f", begun with {Path(train.init).name}" if train.init else "",
     )  # fmt: skip
 
 

@@ -100,6 +100,8 @@ def test_a_training_begins_there_and_goes_on_without_it(trained, prepared, tmp_p
         return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
     assert losses(run)[0] < losses(trained)[8] < losses(trained)[0]
+    export(run, tmp_path / "tuned")
+    assert "4 steps of 4 songs, begun with passed-on, learning" in (tmp_path / "tuned" / "README.md").read_text()
     source.rename(tmp_path / "gone")
     longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=6))
     assert not train(longer, Dataset(prepared), run, None, console=Console(file=says, width=300))
@@ -109,7 +111,7 @@ def test_a_training_begins_there_and_goes_on_without_it(trained, prepared, tmp_p
 def test_mistakes_leave_no_run(trained, prepared, tmp_path, monkeypatch):
     run, songs = tmp_path / "run", Dataset(prepared)
     for config, says in (
-        (changed(init=str(tmp_path / "none")), "none is not a run folder"),
+        (changed(init=str(tmp_path / "none")), "none: no run and no exported model; give the folder"),
         (changed(init=str(trained), model={"width": 32}), r"of another shape \(model.width 16 -> 32\): give the same"),
         (changed(init=SHIPPED), "solfege is a model of another shape .*model.layers"),
     ):
