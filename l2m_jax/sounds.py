@@ -27,7 +27,7 @@ Sound = Float[np.ndarray, " T"]
 def make_clip(seed: int, index: int, seconds: float, kind: str | None = None) -> Sound:
     """Clip `index` of the corpus `seed`: float32, 24 kHz, peak below 1. `kind` (of `KINDS`) is drawn if None."""
     rng = np.random.default_rng((seed, index))
-    drawn = str(rng.choice(list(KINDS), p=SHARES))
+    drawn = _draw_kind(rng)
     kind, size = kind or drawn, round(seconds * RATE)
     sound = KINDS[kind](rng, size)
     if kind == "solfege":
@@ -41,6 +41,15 @@ def make_clip(seed: int, index: int, seconds: float, kind: str | None = None) ->
         drive = rng.uniform(1, 5)
         sound = np.tanh(drive * sound) / np.tanh(drive)
     return (sound * 10 ** (rng.uniform(QUIET, LOUD) / 20)).astype(np.float32)
+
+
+def kind_of(seed: int, index: int) -> str:
+    """Which of `KINDS` `make_clip` draws for a clip."""
+    return _draw_kind(np.random.default_rng((seed, index)))
+
+
+def _draw_kind(rng: np.random.Generator) -> str:
+    return str(rng.choice(list(KINDS), p=SHARES))
 
 
 def _solfege(rng: np.random.Generator, size: int) -> Sound:

@@ -1,6 +1,6 @@
 """Trains the codec that ships with the package, from nothing: an EnCodec of 16 filters, 24 kHz, 1.5 kbit/s.
 
-    python scripts/train_codec.py OUT [--steps 24000] [--filters 16] ...
+    python scripts/train_codec.py OUT [--steps 7000] [--filters 16] ...
 
 Stop it at any time: the same command goes on at the last checkpoint, to the bit. The sound is made as it goes
 (`l2m_jax.sounds`: a pure function of seed and step). OUT gets settings.json, metrics.jsonl, TensorBoard events with
@@ -28,43 +28,43 @@ from flax import nnx
 from rich.console import Console
 
 from l2m_jax.checkpoint import open_checkpoints, restore, saving
-from l2m_jax.codec_training import CodecState, Weights, finished, first_codebooks, quantize, run, start, train_step
+from l2m_jax.codec_losses import Weights
+from l2m_jax.codec_training import CodecState, finished, first_codebooks, quantize, run, start, train_step
 from l2m_jax.config import UserError
 from l2m_jax.encodec import Encodec, EncodecConfig
 from l2m_jax.log import Log
 from l2m_jax.progress import say
 from l2m_jax.publish import save_codec
 from l2m_jax.sharding import path_name
-from l2m_jax.sounds import make_clip
+from l2m_jax.sounds import RATE, kind_of, make_clip
 
-FREE, BOUND = Weights(1.0, 0.1, 0.0, 0.0), Weights(1.0, 0.4, 0.0, 0.0)
-POLISH, TUNE, FINISH = Weights(0.5, 1.0, 0.0, 0.0), Weights(0.5, 1.0, 0.5, 0.0), Weights(0.5, 1.0, 0.5, 1.0)
-"""The loss before quantization, after it, and in the phases that follow."""
+FREE, BOUND = Weights(1.0, 0.3, 0.1, 0.05, 0.3, 0.2, 0.2), Weights(0.6, 1.0, 0.4, 0.1, 0.7, 1.0, 0.5)
+"""The loss before quantization, and after it."""
+PARTS = 4  # clips that are cut from one
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What a run is made of; another value is another run."""
 
-    steps: int = 24_000
+    steps: int = 7_000
     """All steps, those without quantizer included."""
-    free_steps: int = 1500
+    free_steps: int = 6_000
     """Steps of the autoencoder without quantizer, before k-means."""
-    polish_from: int = 7_000
-    """From this step on the spectrum counts for most."""
-    tune_from: int = 10_500
-    """From this step on the harmonics count too."""
-    finish_from: int = 14_500
-    """From this step on the envelope counts as well."""
     batch: int = 4
     frames: int = 50
     """Length of a clip; 75 frames are a second."""
     filters: int = 16
+    hidden: int = 32
+    """Width of a latent, and of the codebooks' entries."""
     lstm_layers: int = 1
     """0 is stored as one layer of zeros: it saves no room, only time."""
     lr: float = 8e-4
-    bound_lr: float = 5e-4
+    bound_lr: float = 1e-4
     """Highest learning rates before and after quantization; both warm up and fall as cosines."""
+    solfege: float = 4.0
+    """What a solfege song counts for in the codebooks; any other sound counts for 1. They are a solfege model's words
+    first: otherwise four entries in ten are for sound that it never sings."""
     latents: int = 100_000
     """That k-means sees."""
     seed: int = 0
@@ -77,7 +77,12 @@ def main(
 ) -> None:
     """Trains, or goes on training, the codec in OUT."""
     console = Console()
-    config = EncodecConfig(num_filters=settings.filters, num_lstm_layers=settings.lstm_layers, target_bandwidths=(1.5,))
+    config = EncodecConfig(
+        num_filters=settings.filters,
+        hidden_size=settings.hidden,
+        num_lstm_layers=settings.lstm_layers,
+        target_bandwidths=(1.5,),
+    )
     out.mkdir(parents=True, exist_ok=True)
     stored = out / "settings.json"
     wanted = dataclasses.asdict(settings)
@@ -111,18 +116,13 @@ def main(
             state = jax.tree.unflatten(jax.tree.structure(state), [leaves[name] for name in _by_name(state)])
             say(console, f"going on at step {first}")
         log = Log(out, first, settings.steps, 25, console)
-        for index, sound in _ahead(settings, first):
+        for index, sound, importance in _ahead(settings, first):
             if index == settings.free_steps:
                 say(console, "k-means of the latents")
                 state = state._replace(codebooks=_k_means(state, settings, config))
             key = jax.random.fold_in(jax.random.key(settings.seed), index)
             bound = index >= settings.free_steps
-            begins = {
-                0: FREE, settings.free_steps: BOUND, settings.polish_from: POLISH, settings.tune_from: TUNE,
-                settings.finish_from: FINISH,
-            }  # fmt: skip
-            weights = [phase for first_step, phase in begins.items() if index >= first_step][-1]
-            state, metrics = step(state, sound, key, weights, quantized=bound)
+            state, metrics = step(state, sound, importance, key, BOUND if bound else FREE, quantized=bound)
             log.metrics(index, {name: float(value) for name, value in metrics.items()})
             if (index + 1) % checkpoint_every == 0 or index + 1 == settings.steps:
                 with saving(out):
@@ -138,19 +138,29 @@ def _by_name(state: Any) -> dict[str, Any]:
     return {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
 
 
-def _clips(settings: Settings, index: int) -> np.ndarray:
-    seconds = settings.frames / 75
-    first = index * settings.batch
-    return np.stack([make_clip(settings.seed, first + row, seconds) for row in range(settings.batch)])
+def _clips(settings: Settings, index: int) -> tuple[np.ndarray, np.ndarray]:
+    """The clips of a step, and their importance. They are parts of longer ones: notes begin before them, end after."""
+    size, clips, importance = round(settings.frames / 75 * RATE), [], []
+    for row in range(settings.batch):
+        whole, part = divmod(index + row, PARTS)  # each row is at another part
+        whole = whole * settings.batch + row
+        clips.append(_long(settings.seed, whole, PARTS * size / RATE)[part * size :][:size])
+        importance.append(settings.solfege if kind_of(settings.seed, whole) == "solfege" else 1.0)
+    return np.stack(clips), np.array(importance, np.float32)
 
 
-def _ahead(settings: Settings, first: int) -> Iterator[tuple[int, np.ndarray]]:
+@functools.lru_cache(32)
+def _long(seed: int, index: int, seconds: float) -> np.ndarray:
+    return make_clip(seed, index, seconds)
+
+
+def _ahead(settings: Settings, first: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """The clips of each step, made by a thread while the step before is computed."""
-    made: queue.Queue[tuple[int, np.ndarray]] = queue.Queue(8)
+    made: queue.Queue[tuple[int, np.ndarray, np.ndarray]] = queue.Queue(8)
 
     def make() -> None:
         for index in range(first, settings.steps):
-            made.put((index, _clips(settings, index)))
+            made.put((index, *_clips(settings, index)))
 
     threading.Thread(target=make, daemon=True).start()
     for _ in range(first, settings.steps):
@@ -158,19 +168,25 @@ def _ahead(settings: Settings, first: int) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _k_means(state: CodecState, settings: Settings, config: EncodecConfig):
-    """Codebooks of the latents of sound that no step uses."""
+    """Codebooks of the latents of sound that no step uses, each as often as its clip is important."""
     encode = jax.jit(lambda encoder, sound: run(encoder, sound[..., None]).reshape(-1, config.hidden_size))
     batches = -(-settings.latents // (settings.batch * settings.frames))
-    other = dataclasses.replace(settings, seed=settings.seed + 1)
-    latents = jnp.concatenate([encode(state.encoder, _clips(other, i)) for i in range(batches)])
-    return first_codebooks(latents, 2, config.codebook_size, jax.random.key(settings.seed))
+    other, latents, importance = dataclasses.replace(settings, seed=settings.seed + 1), [], []
+    for i in range(batches):
+        sound, counts = _clips(other, i)
+        latents.append(encode(state.encoder, sound))
+        importance.append(np.repeat(counts, settings.frames))
+    weights = np.concatenate(importance)
+    drawn = np.random.default_rng(settings.seed).choice(len(weights), len(weights), p=weights / weights.sum())
+    found = np.concatenate(latents)[drawn]
+    return first_codebooks(jnp.asarray(found), 2, config.codebook_size, jax.random.key(settings.seed))
 
 
 @functools.partial(jax.jit, static_argnames="quantized")
 def _through(state: CodecState, sound: jax.Array, quantized: bool) -> jax.Array:
     latents = run(state.encoder, sound[..., None])
     if quantized:
-        latents = quantize(latents[0], state.codebooks, jax.random.key(0))[0][None]
+        latents = quantize(latents[0], jnp.ones(latents.shape[1]), state.codebooks, jax.random.key(0))[0][None]
     return run(state.decoder, latents)[0, :, 0]
 
 

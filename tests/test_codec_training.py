@@ -13,20 +13,17 @@ import optax
 import pytest
 from flax import nnx
 
+from l2m_jax.codec_losses import Weights
 from l2m_jax.codec_training import (
     COMMITMENT,
     DEAD,
     DECAY,
     Codebooks,
-    Weights,
-    envelope_loss,
     finished,
     first_codebooks,
-    harmonic_loss,
     k_means,
     quantize,
     run,
-    spectral_loss,
     start,
     train_step,
 )
@@ -35,7 +32,7 @@ from l2m_jax.encodec import Encodec, EncodecConfig
 from l2m_jax.sounds import make_clip
 from l2m_jax.weights import load_codec
 
-run, spectral_loss = jax.jit(run), jax.jit(spectral_loss)  # op by op they take seconds
+run = jax.jit(run)  # op by op it takes seconds
 CONFIG = EncodecConfig(num_filters=2, hidden_size=8, num_lstm_layers=0, codebook_size=16, target_bandwidths=(0.6,))
 
 
@@ -54,8 +51,9 @@ def test_k_means_finds_clusters():
 def test_residual_codebooks_leave_less_and_less():
     latents = jax.random.normal(jax.random.key(0), (4000, 6))
     books = first_codebooks(latents, 2, 64, jax.random.key(1))
-    one, _ = quantize(latents, Codebooks(books.count[:1], books.total[:1]), jax.random.key(2))
-    two, _ = quantize(latents, books, jax.random.key(2))
+    each = jnp.ones(len(latents))
+    one, _ = quantize(latents, each, Codebooks(books.count[:1], books.total[:1]), jax.random.key(2))
+    two, _ = quantize(latents, each, books, jax.random.key(2))
     left = [float(jnp.mean((latents - x) ** 2)) for x in (one, two)]
     assert left[1] < 0.6 * left[0] < 0.6 * 0.6
 
@@ -66,17 +64,31 @@ def test_codebooks_are_moving_averages_and_dead_entries_are_revived():
     latents = jnp.asarray(rng.normal(size=(40, 3)).astype(np.float32))
     before = Codebooks(jnp.full((1, 4), 10.0).at[0, 3].set(DEAD * 10), entries * 10.0)
     before = before._replace(total=entries * before.count[..., None])
-    nearest, after = quantize(latents, before, jax.random.key(0))
+    importance = jnp.where(jnp.arange(40) < 10, 3.0, 1.0)
+    nearest, after = quantize(latents, importance, before, jax.random.key(0))
     code = np.argmin(np.sum((np.asarray(latents)[:, None] - np.asarray(entries[0])) ** 2, -1), 1)
     np.testing.assert_allclose(nearest, np.asarray(entries[0])[code], atol=1e-5)
     for entry in range(3):
-        mine = np.asarray(latents)[code == entry]
-        np.testing.assert_allclose(after.count[0, entry], DECAY * 10 + (1 - DECAY) * len(mine), rtol=1e-5)
-        total = DECAY * 10 * np.asarray(entries[0, entry]) + (1 - DECAY) * mine.sum(0)
+        counts = np.asarray(importance)[code == entry]
+        np.testing.assert_allclose(after.count[0, entry], DECAY * 10 + (1 - DECAY) * counts.sum(), rtol=1e-5)
+        total = DECAY * 10 * np.asarray(entries[0, entry]) + (1 - DECAY) * counts @ np.asarray(latents)[code == entry]
         np.testing.assert_allclose(after.total[0, entry], total, rtol=1e-4, atol=1e-5)
     assert 3 not in code
     revived = np.asarray(after.entries[0, 3])
     assert np.abs(np.asarray(latents) - revived).max(1).min() < 1e-5  # it stands on a latent now
+
+
+def test_an_entry_is_revived_where_it_is_most_wanted():
+    """On an important latent that no entry fits, not on one of the many that have theirs."""
+    latents = jnp.zeros((40, 3)).at[7].set(jnp.array([5.0, 0.0, 0.0])).at[8].set(jnp.array([0.0, 5.0, 0.0]))
+    latents = latents.at[9:].set(jnp.array([1.0, 1.0, 0.0]))
+    entries = jnp.array([[[0.0, 0.0, 0.0], [1.0, 1.0, 0.0], [99.0, 0.0, 0.0]]])
+    books = Codebooks(jnp.array([[10.0, 10.0, 0.0]]), entries * jnp.array([10.0, 10.0, 1.0])[None, :, None])
+    books = books._replace(count=books.count.at[0, 2].set(1e-5))
+    importance = jnp.ones(40).at[7].set(1e6)
+    for seed in range(8):
+        _, after = quantize(latents, importance, books, jax.random.key(seed))
+        np.testing.assert_allclose(after.entries[0, 2], latents[7], atol=1e-5)
 
 
 def test_a_finished_codec_has_latents_of_its_own_scale():
@@ -88,8 +100,8 @@ def test_a_finished_codec_has_latents_of_its_own_scale():
     state = start(module, optax.adam(1e-3))
     latents = run(state.encoder, jnp.asarray(make_clip(0, 0, 0.16, "fm"))[None, :, None])
     state = state._replace(codebooks=first_codebooks(latents[0], 2, 4, jax.random.key(0)))
-    codes = quantize(latents[0], state.codebooks, jax.random.key(0))[0]
-    heard = run(state.decoder, codes[None])
+    nearest = quantize(latents[0], jnp.ones(latents.shape[1]), state.codebooks, jax.random.key(0))[0]
+    heard = run(state.decoder, nearest[None])
     codec = finished(state, Encodec(CONFIG, 2, nnx.Rngs(1)))
     assert jnp.abs(codec.codebooks[...]).max() < 10
     again = run(codec.encoder, jnp.asarray(make_clip(0, 0, 0.16, "fm"))[None, :, None])
@@ -98,45 +110,16 @@ def test_a_finished_codec_has_latents_of_its_own_scale():
     np.testing.assert_allclose(run(codec.decoder, entries), heard, atol=1e-4 * float(jnp.abs(heard).max()))
 
 
-def test_spectral_loss_hears_what_is_missing():
-    sound = jnp.asarray(np.stack([make_clip(0, i, 0.3, "voice") for i in range(2)]))
-    assert spectral_loss(sound, sound) < 1e-5
-    silence = jnp.zeros((1, 7200))
-    assert jnp.isfinite(jax.grad(spectral_loss, argnums=1)(silence, silence)).all()
-    assert 0 < spectral_loss(sound, sound * 0.9) < spectral_loss(sound, sound * 0.5) < spectral_loss(sound, sound * 0)
-
-
-def test_harmonic_loss_hears_pitch_that_mel_bands_do_not():
-    time = np.arange(16_000) / 24_000
-    low, sharp = (
-        sum(np.sin(2 * np.pi * n * hz * time) / n for n in range(1, 9)) * 0.02 for hz in (98, 98 * 2 ** (1 / 12))
-    )
-    tone, moved = (jnp.asarray(x, jnp.float32)[None] for x in (low, sharp))
-    assert harmonic_loss(tone, tone) < 1e-5
-    heard = {loss: float(loss(tone, moved) / loss(tone, 1.5 * tone)) for loss in (harmonic_loss, spectral_loss)}
-    assert heard[harmonic_loss] > 1.3 * heard[spectral_loss]
-    assert jnp.isfinite(jax.grad(harmonic_loss, argnums=1)(jnp.zeros((1, 7200)), jnp.zeros((1, 7200)))).all()
-
-
-def test_envelope_loss_hears_clicks_and_lost_level():
-    sound = jnp.asarray(make_clip(0, 3, 0.3, "noise"))[None]
-    click = sound.at[0, 2_000].set(3.0)
-    assert envelope_loss(sound, sound) == 0
-    assert envelope_loss(sound, click) > 0.02  # one of 30 blocks
-    np.testing.assert_allclose(envelope_loss(sound, 0.7 * sound), -2 * np.log(0.7), rtol=0.05)
-    assert jnp.isfinite(jax.grad(envelope_loss, argnums=1)(jnp.zeros((1, 7200)), jnp.zeros((1, 7200)))).all()
-
-
 @pytest.mark.parametrize("quantized", [False, True])
 def test_steps_learn(quantized):
     optimizer = optax.adam(3e-3)
     state = start(Encodec(CONFIG, 2, nnx.Rngs(0)), optimizer)
     sound = jnp.asarray(np.stack([make_clip(0, i, 0.16, "drums") for i in range(2)]))
-    weights = Weights(1.0, 0.1, 0.1, 0.1)
+    weights = Weights(1.0, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1)
     step = jax.jit(functools.partial(train_step, optimizer=optimizer), static_argnames="quantized")
     losses, encoder = [], jax.tree.leaves(state.encoder)
     for i in range(30):
-        state, metrics = step(state, sound, jax.random.key(i), weights, quantized=quantized)
+        state, metrics = step(state, sound, jnp.ones(2), jax.random.key(i), weights, quantized=quantized)
         losses.append(float(metrics["loss"]))
     assert np.mean(losses[-3:]) < 0.7 * losses[0]
     moved = [float(jnp.abs(a - b).max()) for a, b in zip(encoder, jax.tree.leaves(state.encoder))]
@@ -145,8 +128,7 @@ def test_steps_learn(quantized):
 
 def test_the_script_goes_on_to_the_bit(tmp_path):
     script = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "train_codec.py"))
-    phases = dict(free_steps=2, polish_from=3, tune_from=4, finish_from=5)
-    settings = script["Settings"](steps=6, **phases, batch=2, frames=16, filters=2, latents=1200)
+    settings = script["Settings"](steps=6, free_steps=2, batch=2, frames=16, filters=2, hidden=8, latents=1200)
     for name in ("whole", "parts"):
         script["main"](tmp_path / name, settings, checkpoint_every=2)
     shutil.rmtree(tmp_path / "parts" / "checkpoints" / "6")  # as if killed after step 4
@@ -155,7 +137,7 @@ def test_the_script_goes_on_to_the_bit(tmp_path):
     whole, parts = ((tmp_path / x / "codec" / "model.safetensors").read_bytes() for x in ("whole", "parts"))
     assert whole == parts
     told = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
-    for line, name in zip(told, ("FREE", "FREE", "BOUND", "POLISH", "TUNE", "FINISH"), strict=True):
+    for line, name in zip(told, 2 * ["FREE"] + 4 * ["BOUND"], strict=True):
         parts = sum(weight * line[part] for part, weight in script[name]._asdict().items())
         assert line["loss"] == pytest.approx(parts + COMMITMENT * line["commitment"], rel=1e-4)
     codec = load_codec(str(tmp_path / "parts" / "codec"))

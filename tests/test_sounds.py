@@ -5,7 +5,7 @@ import pytest
 
 from l2m_jax.quality import track_pitch
 from l2m_jax.solfege import PEAK
-from l2m_jax.sounds import KINDS, LOUD, NOTES, QUIET, RATE, SHARES, _hz, make_clip
+from l2m_jax.sounds import KINDS, LOUD, NOTES, QUIET, RATE, SHARES, _hz, kind_of, make_clip
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -33,6 +33,10 @@ def test_melodies_keep_to_the_keys_of_a_piano():
 def test_kinds_are_drawn_as_often_as_said():
     assert len(SHARES) == len(KINDS) and sum(SHARES) == pytest.approx(1)
     assert (make_clip(0, 0, 0.1) != make_clip(0, 1, 0.1)).any()
+    kinds = [kind_of(0, i) for i in range(40)]
+    assert set(kinds) <= set(KINDS) and 10 <= kinds.count("solfege") <= 26
+    for i in range(4):
+        np.testing.assert_array_equal(make_clip(0, i, 0.1), make_clip(0, i, 0.1, kinds[i]))
 
 
 @pytest.mark.parametrize("note", NOTES)
