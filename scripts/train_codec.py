@@ -1,10 +1,11 @@
-"""Trains the codec that ships with the package, from nothing: an EnCodec of 16 filters, 24 kHz, 1.5 kbit/s.
+"""Trains a codec as the one that ships with the package, from nothing: an EnCodec of 16 filters, 24 kHz, 1.5 kbit/s.
 
-    python scripts/train_codec.py OUT [--steps 7000] [--filters 16] ...
+    python scripts/train_codec.py OUT [--steps 12000] [--filters 16] ...
 
-Stop it at any time: the same command goes on at the last checkpoint, to the bit. The sound is made as it goes
-(`l2m_jax.sounds`: a pure function of seed and step). OUT gets settings.json, metrics.jsonl, TensorBoard events with
-sound, checkpoints, and at the end codec/, a folder that `--codec` and `transformers.EncodecModel.from_pretrained` load.
+Three quarters of an hour on two cores. Stop it at any time: the same command goes on at the last checkpoint, to the
+bit. The sound is made as it goes (`l2m_jax.sounds`: a pure function of seed and step). OUT gets settings.json,
+metrics.jsonl, TensorBoard events with sound, checkpoints, and at the end codec/, a folder that `--codec` and
+`transformers.EncodecModel.from_pretrained` load.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from l2m_jax.publish import save_codec
 from l2m_jax.sharding import path_name
 from l2m_jax.sounds import RATE, kind_of, make_clip
 
-FREE, BOUND = Weights(1.0, 0.3, 0.1, 0.05, 0.3, 0.2, 0.2), Weights(0.6, 1.0, 0.4, 0.1, 0.7, 1.0, 0.5)
+FREE, BOUND = Weights(1.0, 0.3, 0.1, 0.05, 0.3, 0.2, 0.2), Weights(0.7, 0.7, 0.2, 0.1, 1.0, 3.0, 20.0)
 """The loss before quantization, and after it."""
 PARTS = 4  # clips that are cut from one
 
@@ -47,7 +48,7 @@ PARTS = 4  # clips that are cut from one
 class Settings:
     """What a run is made of; another value is another run."""
 
-    steps: int = 7_000
+    steps: int = 12_000
     """All steps, those without quantizer included."""
     free_steps: int = 6_000
     """Steps of the autoencoder without quantizer, before k-means."""
@@ -60,9 +61,9 @@ class Settings:
     lstm_layers: int = 1
     """0 is stored as one layer of zeros: it saves no room, only time."""
     lr: float = 8e-4
-    bound_lr: float = 1e-4
+    bound_lr: float = 7e-5
     """Highest learning rates before and after quantization; both warm up and fall as cosines."""
-    solfege: float = 4.0
+    solfege: float = 5.0
     """What a solfege song counts for in the codebooks; any other sound counts for 1. They are a solfege model's words
     first: otherwise four entries in ten are for sound that it never sings."""
     latents: int = 100_000
