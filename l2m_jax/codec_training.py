@@ -1,12 +1,13 @@
 """Training an EnCodec: vector quantization with moving averages, the step. After `codec_losses` and `optim`.
 
-`scripts/train_codec.py` runs it in three phases: an autoencoder without quantizer under a loss that is mostly waveform
-(it keeps pitch; codebooks from the start collapse); codebooks by k-means over its latents; then both together.
+`scripts/train_codec.py` runs it in phases: an autoencoder without quantizer under a loss that is mostly waveform (it
+keeps pitch; codebooks from the start collapse); codebooks by k-means over its latents; then both together; at last the
+decoder alone, on codes that no longer move.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,10 @@ DEAD = 0.1  # an entry chosen this much as often as the average one, or less, is
 COMMITMENT = 4.0
 """What the latents' distance from their entries counts for. The slope that comes straight through the quantizer is that
 of another point: at van den Oord's 0.25 it leads the encoder astray, and sound is worse after training than before."""
+
+
+Phase = Literal["free", "bound", "decoder"]
+"""Without quantizer; with it; with it, and encoder and codebooks as they are."""
 
 
 class Codebooks(NamedTuple):
@@ -95,10 +100,10 @@ def train_step(
     importance: Float[Array, " B"],
     key: Key[Array, ""],
     weights: Weights,
-    quantized: bool,
+    phase: Phase,
     optimizer: optax.GradientTransformation,
 ) -> tuple[CodecState, dict[str, Array]]:
-    """One step on B clips; `quantized` is False in the first phase. Jit it with the last two arguments static.
+    """One step on B clips. Jit it with the last two arguments static.
 
     `importance`: what each clip counts for in the codebooks; in the loss all count the same.
     """
@@ -107,7 +112,7 @@ def train_step(
         encoder, decoder = nets
         latents = run(encoder, sound[..., None])
         through, codebooks, commitment, used = latents, state.codebooks, jnp.array(0.0), {}
-        if quantized:
+        if phase != "free":
             flat = jax.lax.stop_gradient(latents.reshape(-1, latents.shape[-1]))
             counts = jnp.repeat(importance, latents.shape[1])
             nearest, codebooks = quantize(flat, counts, state.codebooks, key)
@@ -115,6 +120,8 @@ def train_step(
             # Relative to the latents' variance: their scale is free.
             commitment = jnp.mean((latents - nearest) ** 2) / jax.lax.stop_gradient(jnp.var(latents))
             through = latents + jax.lax.stop_gradient(nearest - latents)  # straight through (Bengio et al., 2013)
+            if phase == "decoder":
+                through, codebooks, commitment = nearest, state.codebooks, jnp.array(0.0)
             used = {f"perplexity_{k}": _perplexity(count) for k, count in enumerate(codebooks.count)}
         heard = run(decoder, through)[..., 0]
         parts = all_losses(sound, heard)
@@ -125,6 +132,8 @@ def train_step(
     (loss, (codebooks, parts)), gradient = jax.value_and_grad(loss_of, has_aux=True)(nets)
     updates, moments = optimizer.update(gradient, state.moments, nets)
     encoder, decoder = jax.tree.map(lambda x, update: x + update, nets, updates)
+    if phase == "decoder":
+        encoder = state.encoder  # its moments would still move it
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradient), **parts}
     return CodecState(encoder, decoder, codebooks, moments), metrics
 

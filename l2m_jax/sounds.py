@@ -3,9 +3,9 @@
 A clip is a pure function of (seed, index). Its kind is one of `KINDS`: solfege songs as the corpus has them; melodies
 by a source-filter voice (Fant, 1960) over wide pitch, vowel and timbre, by Karplus-Strong strings, plucked and struck
 (Karplus and Strong, 1983), by frequency modulation (Chowning, 1973) and by a subtractive synthesizer; chords; drums;
-coloured noise; and mixtures of two or three. Melodies keep to the keys of a piano, a little out of tune. All but the
-solfege songs then pass through a random equaliser, some through a reverb or a limiter, and are played at a random
-level; solfege songs are played about as loud as they are.
+coloured noise; mixtures of two or three; and whole bands. Melodies keep to the keys of a piano, a little out of tune.
+All but the solfege songs then pass through a random equaliser, some through a reverb or a limiter, and are played at a
+random level; solfege songs are played about as loud as they are.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def make_clip(seed: int, index: int, seconds: float, kind: str | None = None) ->
     if rng.random() < 0.3:
         sound = _reverb(sound, rng)
     sound = sound / max(np.abs(sound).max(), 1e-9)
-    if rng.random() < 0.3:  # dense and loud, as released songs are
-        drive = rng.uniform(1, 5)
+    if kind == "band" or rng.random() < 0.3:  # dense and loud, as released songs are
+        drive = rng.uniform(2, 8) if kind == "band" else rng.uniform(1, 5)
         sound = np.tanh(drive * sound) / np.tanh(drive)
-    return (sound * 10 ** (rng.uniform(QUIET, LOUD) / 20)).astype(np.float32)
+    return (sound * 10 ** (rng.uniform(LOUD - 4 if kind == "band" else QUIET, LOUD) / 20)).astype(np.float32)
 
 
 def kind_of(seed: int, index: int) -> str:
@@ -211,6 +211,14 @@ def _mixture(rng: np.random.Generator, size: int) -> Sound:
     return lead
 
 
+def _band(rng: np.random.Generator, size: int) -> Sound:
+    """Drums, a bass, chords and a lead, about as loud as each other: dense as released songs are."""
+    bass = _melody(NOTES[rng.integers(1, len(NOTES))], 41, 110)
+    lead = _melody(NOTES[rng.integers(len(NOTES))], 165, 523)
+    parts = [_unit(play(rng, size)) * 10 ** (rng.uniform(-6, 3) / 20) for play in (_drums, bass, _chords, lead)]
+    return np.sum(parts, axis=0)
+
+
 KINDS: dict[str, Callable[[np.random.Generator, int], Sound]] = {
     "solfege": _solfege,
     "voice": _melody(_voice, 82, 523),
@@ -221,8 +229,9 @@ KINDS: dict[str, Callable[[np.random.Generator, int], Sound]] = {
     "drums": _drums,
     "noise": _noise,
     "mixture": _mixture,
+    "band": _band,
 }
-SHARES = (0.45, 0.15, 0.10, 0.08, 0.06, 0.04, 0.03, 0.02, 0.07)
+SHARES = (0.40, 0.15, 0.11, 0.09, 0.06, 0.04, 0.03, 0.02, 0.05, 0.05)
 """How often each kind is drawn: the voice of the project first."""
 
 

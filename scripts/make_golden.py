@@ -26,10 +26,10 @@ def bert() -> None:
 
 
 def codec() -> None:
-    """tests/golden/codec.npz: a sound, and what the shipped codec and a small random one with an LSTM make of it."""
+    """tests/golden/codec.npz: a sound, and what the shipped codecs and a small random one with an LSTM make of it."""
     from transformers import EncodecConfig, EncodecModel
 
-    from l2m_jax.weights import resolve
+    from l2m_jax.published import SHIPPED, resolve
 
     time = np.arange(24_017) / 24_000  # a whole second, and 17 samples that fill no frame
     noise = np.random.default_rng(0).normal(0, 0.02, len(time))
@@ -47,8 +47,8 @@ def codec() -> None:
     weights = {f"weight/{key}": value.numpy() for key, value in random.state_dict().items() if "embed_avg" not in key}
 
     golden = {"sound": sound, "config": json.dumps(small), **weights}
-    shipped: Any = EncodecModel.from_pretrained(resolve("solfege")[1])
-    for name, model, length in (("shipped", shipped, len(sound)), ("small", random, 4_003)):
+    shipped: Any = [(name, EncodecModel.from_pretrained(resolve(name)[1]), len(sound)) for name in SHIPPED]
+    for name, model, length in (*shipped, ("small", random, 4_003)):
         samples = torch.from_numpy(sound[:length].astype(np.float32) / 32_768)[None, None]
         with torch.no_grad():
             latents = model.eval().encoder(samples)[0].T

@@ -1,6 +1,6 @@
 """Trains a codec as the one that ships with the package, from nothing: an EnCodec of 16 filters, 24 kHz, 1.5 kbit/s.
 
-    python scripts/train_codec.py OUT [--steps 12000] [--filters 16] ...
+    python scripts/train_codec.py OUT [--steps 13000] [--filters 16] ...
 
 Three quarters of an hour on two cores. Stop it at any time: the same command goes on at the last checkpoint, to the
 bit. The sound is made as it goes (`l2m_jax.sounds`: a pure function of seed and step). OUT gets settings.json,
@@ -10,8 +10,10 @@ metrics.jsonl, TensorBoard events with sound, checkpoints, and at the end codec/
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
+import itertools
 import json
 import queue
 import sys
@@ -30,7 +32,7 @@ from rich.console import Console
 
 from l2m_jax.checkpoint import open_checkpoints, restore, saving
 from l2m_jax.codec_losses import Weights
-from l2m_jax.codec_training import CodecState, finished, first_codebooks, quantize, run, start, train_step
+from l2m_jax.codec_training import CodecState, Phase, finished, first_codebooks, quantize, run, start, train_step
 from l2m_jax.config import UserError
 from l2m_jax.encodec import Encodec, EncodecConfig
 from l2m_jax.log import Log
@@ -39,8 +41,12 @@ from l2m_jax.publish import save_codec
 from l2m_jax.sharding import path_name
 from l2m_jax.sounds import RATE, kind_of, make_clip
 
-FREE, BOUND = Weights(1.0, 0.3, 0.1, 0.05, 0.3, 0.2, 0.2), Weights(0.7, 0.7, 0.2, 0.1, 1.0, 3.0, 20.0)
-"""The loss before quantization, and after it."""
+WEIGHTS: dict[Phase, Weights] = {
+    "free": Weights(1.0, 0.3, 0.1, 0.05, 0.3, 0.2, 0.2),
+    "bound": Weights(0.4, 1.5, 0.3, 0.3, 0.7, 2.0, 10.0),
+    "decoder": Weights(0.1, 2.0, 0.3, 0.5, 0.5, 2.0, 5.0),
+}
+"""The loss of each phase."""
 PARTS = 4  # clips that are cut from one
 
 
@@ -48,10 +54,12 @@ PARTS = 4  # clips that are cut from one
 class Settings:
     """What a run is made of; another value is another run."""
 
-    steps: int = 12_000
-    """All steps, those without quantizer included."""
+    steps: int = 13_000
+    """All steps."""
     free_steps: int = 6_000
     """Steps of the autoencoder without quantizer, before k-means."""
+    decoder_steps: int = 2_500
+    """The last steps, of the decoder alone."""
     batch: int = 4
     frames: int = 50
     """Length of a clip; 75 frames are a second."""
@@ -62,13 +70,26 @@ class Settings:
     """0 is stored as one layer of zeros: it saves no room, only time."""
     lr: float = 8e-4
     bound_lr: float = 7e-5
-    """Highest learning rates before and after quantization; both warm up and fall as cosines."""
+    decoder_lr: float = 3e-4
+    """Highest learning rates of the phases; each warms up and falls as a cosine."""
     solfege: float = 5.0
-    """What a solfege song counts for in the codebooks; any other sound counts for 1. They are a solfege model's words
-    first: otherwise four entries in ten are for sound that it never sings."""
+    """What a solfege song counts for in the codebooks; what is no band either counts for 1. They are a solfege model's
+    words first: otherwise four entries in ten are for sound that it never sings."""
+    band: float = 5.0
+    """What a band counts for: few entries lie as far out as dense and loud sound, which is else played too low."""
     latents: int = 100_000
     """That k-means sees."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.phases.values()) < 1:
+            raise UserError(f"phases of {self.phases} steps: each needs one at least; give more --steps")
+
+    @property
+    def phases(self) -> dict[Phase, int]:
+        """Steps of each."""
+        bound = self.steps - self.free_steps - self.decoder_steps
+        return {"free": self.free_steps, "bound": bound, "decoder": self.decoder_steps}
 
 
 def main(
@@ -91,18 +112,17 @@ def main(
         raise UserError(f"{out} holds a run with other settings, {stored.read_text()}: choose another folder")
     stored.write_text(json.dumps(wanted))
 
-    warm = min(200, settings.free_steps // 2)
+    ends = list(itertools.accumulate(settings.phases.values()))
+    highest = [(settings.lr, 10), (settings.bound_lr, 100), (settings.decoder_lr, 100)]
     rate = optax.join_schedules(
         [
-            optax.warmup_cosine_decay_schedule(0, settings.lr, warm, settings.free_steps, settings.lr / 10),
-            optax.warmup_cosine_decay_schedule(
-                0, settings.bound_lr, warm, settings.steps - settings.free_steps, settings.bound_lr / 100
-            ),
+            optax.warmup_cosine_decay_schedule(0, lr, min(200, steps // 2), steps, lr / fall)
+            for steps, (lr, fall) in zip(settings.phases.values(), highest)
         ],
-        [settings.free_steps],
+        ends[:-1],
     )
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99, weight_decay=1e-4))
-    step = jax.jit(functools.partial(train_step, optimizer=optimizer), static_argnames="quantized", donate_argnums=0)
+    step = jax.jit(functools.partial(train_step, optimizer=optimizer), static_argnames="phase", donate_argnums=0)
     module = Encodec(config, 2, nnx.Rngs(settings.seed))
     state = start(module, optimizer)
 
@@ -122,14 +142,14 @@ def main(
                 say(console, "k-means of the latents")
                 state = state._replace(codebooks=_k_means(state, settings, config))
             key = jax.random.fold_in(jax.random.key(settings.seed), index)
-            bound = index >= settings.free_steps
-            state, metrics = step(state, sound, importance, key, BOUND if bound else FREE, quantized=bound)
+            phase = list(WEIGHTS)[bisect.bisect_right(ends, index)]
+            state, metrics = step(state, sound, importance, key, WEIGHTS[phase], phase=phase)
             log.metrics(index, {name: float(value) for name, value in metrics.items()})
             if (index + 1) % checkpoint_every == 0 or index + 1 == settings.steps:
                 with saving(out):
                     checkpoints.save_checkpointables(index + 1, {"state": _by_name(state)})
             if (index + 1) % (4 * checkpoint_every) == 0:
-                log.audio(index, _listen(state, settings, bound), config.sampling_rate)
+                log.audio(index, _listen(state, settings, phase != "free"), config.sampling_rate)
         log.close()
     save_codec(out / "codec", finished(state, module), config)
     say(console, f"the codec is in {out / 'codec'}; how good it is: l2m codec song.wav --codec {out / 'codec'}")
@@ -146,7 +166,8 @@ def _clips(settings: Settings, index: int) -> tuple[np.ndarray, np.ndarray]:
         whole, part = divmod(index + row, PARTS)  # each row is at another part
         whole = whole * settings.batch + row
         clips.append(_long(settings.seed, whole, PARTS * size / RATE)[part * size :][:size])
-        importance.append(settings.solfege if kind_of(settings.seed, whole) == "solfege" else 1.0)
+        counts = {"solfege": settings.solfege, "band": settings.band}
+        importance.append(counts.get(kind_of(settings.seed, whole), 1.0))
     return np.stack(clips), np.array(importance, np.float32)
 
 

@@ -24,6 +24,7 @@ from l2m_jax.codec import (
 )
 from l2m_jax.config import UserError
 from l2m_jax.encodec import Encodec, State
+from l2m_jax.published import SHIPPED
 from l2m_jax.segments import SCALE
 from l2m_jax.weights import load_codec, resolve
 
@@ -42,9 +43,9 @@ def save(folder: Path, config: dict = SMALL_CONFIG, weights: dict[str, np.ndarra
     return str(folder)
 
 
-@pytest.fixture(scope="module")
-def solfege() -> Codec:
-    return load_codec()
+@pytest.fixture(scope="module", params=SHIPPED)
+def shipped(request) -> Codec:
+    return load_codec(request.param)
 
 
 def check(what: str, error: float, tolerance: float) -> None:
@@ -79,15 +80,14 @@ def golden(name: str, codebooks: int) -> dict[str, np.ndarray]:
     }
 
 
-def test_shipped_codec_is_that_of_transformers(solfege):
-    assert (solfege.rate, solfege.frame_rate, solfege.hop, solfege.codebooks, solfege.entries) == (
-        24_000,
-        75,
-        320,
-        2,
-        1024,
-    )
-    check_parity(solfege, SOUND, golden("shipped", 2))
+def test_shipped_codec_is_that_of_transformers(shipped):
+    assert (shipped.rate, shipped.frame_rate, shipped.hop) == (24_000, 75, 320)
+    assert (shipped.codebooks, shipped.entries) == (2, 1024)
+    check_parity(shipped, SOUND, golden(shipped.name, 2))
+
+
+def test_shipped_weights_are_small(shipped):
+    assert (resolve(shipped.name)[1] / "model.safetensors").stat().st_size <= 8e6
 
 
 def test_lstm_and_dilations_are_those_of_transformers(tmp_path):
@@ -96,9 +96,9 @@ def test_lstm_and_dilations_are_those_of_transformers(tmp_path):
     check_parity(codec, SOUND[:4_003], golden("small", codec.codebooks), chunk=100)
 
 
-def test_shipped_codec_keeps_the_tune(solfege):
-    codes = encode(solfege, SOUND)
-    wave = decode(solfege, codes)[: len(SOUND)]
+def test_shipped_codec_keeps_the_tune(shipped):
+    codes = encode(shipped, SOUND)
+    wave = decode(shipped, codes)[: len(SOUND)]
     power = np.abs(np.fft.rfft(wave[:6_000] * np.hanning(6_000))) ** 2  # of the first note, 220 Hz: 55 bins
     harmonic = np.abs((np.arange(len(power)) + 27) % 55 - 27) <= 4
     print(f"{power[harmonic].sum() / power.sum():.2f} of the power within 16 Hz of the note's harmonics")
@@ -116,10 +116,10 @@ def test_chunks_give_the_whole(small, samples):
         check(f"{samples} samples in chunks of {chunk} frames", error, 1e-5)
 
 
-def test_chunks_of_the_shipped_codec_give_the_whole(solfege):
-    whole = encode(solfege, SOUND, 76)
-    np.testing.assert_array_equal(encode(solfege, SOUND, 20), whole)
-    check("waveform in chunks", np.abs(decode(solfege, whole, 20) - decode(solfege, whole, 76)).max(), 1e-5)
+def test_chunks_of_the_shipped_codec_give_the_whole(shipped):
+    whole = encode(shipped, SOUND, 76)
+    np.testing.assert_array_equal(encode(shipped, SOUND, 20), whole)
+    check("waveform in chunks", np.abs(decode(shipped, whole, 20) - decode(shipped, whole, 76)).max(), 1e-5)
 
 
 def test_any_length_compiles_once(small):
@@ -190,15 +190,15 @@ def torch_parity(codec: Codec, model, samples: np.ndarray, chunk: int = 750) -> 
 
 
 @pytest.mark.torch
-def test_transformers_loads_the_shipped_folder_and_agrees_on_songs(solfege):
+def test_transformers_loads_the_shipped_folder_and_agrees_on_songs(shipped):
     transformers = pytest.importorskip("transformers")
     if not os.environ.get("L2M_SONGS"):
         pytest.skip("set L2M_SONGS to a folder of songs, song_001/audio.mp3")
-    model = transformers.EncodecModel.from_pretrained(resolve("solfege")[1]).eval()
+    model = transformers.EncodecModel.from_pretrained(resolve(shipped.name)[1]).eval()
     for path in sorted(Path(os.environ["L2M_SONGS"]).glob("*/audio.*"))[:2]:
         samples = read_audio(path, 24_000)[40 * 24_000 : 50 * 24_000 + 123]
         print(path.parent.name)
-        torch_parity(solfege, model, samples)
+        torch_parity(shipped, model, samples)
 
 
 @pytest.mark.torch

@@ -110,37 +110,46 @@ def test_a_finished_codec_has_latents_of_its_own_scale():
     np.testing.assert_allclose(run(codec.decoder, entries), heard, atol=1e-4 * float(jnp.abs(heard).max()))
 
 
-@pytest.mark.parametrize("quantized", [False, True])
-def test_steps_learn(quantized):
+@pytest.mark.parametrize("phase", ["free", "bound", "decoder"])
+def test_steps_learn(phase):
     optimizer = optax.adam(3e-3)
     state = start(Encodec(CONFIG, 2, nnx.Rngs(0)), optimizer)
     sound = jnp.asarray(np.stack([make_clip(0, i, 0.16, "drums") for i in range(2)]))
     weights = Weights(1.0, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1)
-    step = jax.jit(functools.partial(train_step, optimizer=optimizer), static_argnames="quantized")
-    losses, encoder = [], jax.tree.leaves(state.encoder)
+    step = jax.jit(functools.partial(train_step, optimizer=optimizer), static_argnames="phase")
+    if phase == "decoder":  # what was learnt before would go on moving the encoder
+        state, _ = step(state, sound, jnp.ones(2), jax.random.key(99), weights, phase="bound")
+    losses, encoder, codebooks = [], jax.tree.leaves(state.encoder), state.codebooks
     for i in range(30):
-        state, metrics = step(state, sound, jnp.ones(2), jax.random.key(i), weights, quantized=quantized)
+        state, metrics = step(state, sound, jnp.ones(2), jax.random.key(i), weights, phase=phase)
         losses.append(float(metrics["loss"]))
     assert np.mean(losses[-3:]) < 0.7 * losses[0]
     moved = [float(jnp.abs(a - b).max()) for a, b in zip(encoder, jax.tree.leaves(state.encoder))]
-    assert min(moved) > 0  # the gradient goes through the quantizer to every parameter of the encoder
+    if phase == "decoder":
+        assert max(moved) == 0 and (state.codebooks.total == codebooks.total).all()
+    else:
+        assert min(moved) > 0  # the gradient goes through the quantizer to every parameter of the encoder
 
 
 def test_the_script_goes_on_to_the_bit(tmp_path):
     script = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "train_codec.py"))
-    settings = script["Settings"](steps=6, free_steps=2, batch=2, frames=16, filters=2, hidden=8, latents=1200)
+    settings = script["Settings"](
+        steps=7, free_steps=2, decoder_steps=1, batch=2, frames=16, filters=2, hidden=8, latents=1200
+    )
     for name in ("whole", "parts"):
         script["main"](tmp_path / name, settings, checkpoint_every=2)
-    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "6")  # as if killed after step 4
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "7")  # as if killed after step 6
     shutil.rmtree(tmp_path / "parts" / "codec")
     script["main"](tmp_path / "parts", settings, checkpoint_every=2)
     whole, parts = ((tmp_path / x / "codec" / "model.safetensors").read_bytes() for x in ("whole", "parts"))
     assert whole == parts
     told = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
-    for line, name in zip(told, 2 * ["FREE"] + 4 * ["BOUND"], strict=True):
-        parts = sum(weight * line[part] for part, weight in script[name]._asdict().items())
+    for line, name in zip(told, 2 * ["free"] + 4 * ["bound"] + ["decoder"], strict=True):
+        parts = sum(weight * line[part] for part, weight in script["WEIGHTS"][name]._asdict().items())
         assert line["loss"] == pytest.approx(parts + COMMITMENT * line["commitment"], rel=1e-4)
     codec = load_codec(str(tmp_path / "parts" / "codec"))
     assert (codec.codebooks, codec.entries, codec.config.num_lstm_layers) == (2, 1024, 1)
     with pytest.raises(UserError, match="parts holds a run with other settings"):
-        script["main"](tmp_path / "parts", script["Settings"](steps=7, free_steps=2))
+        script["main"](tmp_path / "parts", script["Settings"](steps=8, free_steps=2, decoder_steps=1))
+    with pytest.raises(UserError, match="each needs one at least"):
+        script["Settings"](steps=8)
