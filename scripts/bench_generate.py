@@ -2,9 +2,10 @@
 
     python scripts/bench_generate.py [--yardsticks DIR] [--short]
 
-DIR holds seed_torch.py and hf_musicgen.py, which are run in turn with our own loop. Random weights, 256 lyric states,
-no guidance, top-k 250 (as the MusicGen yardstick): speed does not hang on what was learnt. Figures are medians over the
-rounds; compilation is timed apart. A code is one of K = 2 a frame. Prints one JSON line last:
+DIR holds seed_torch.py and hf_musicgen.py, which are run in turn with our own loop; the latter ran with transformers
+5.17, and neither with 5.12 nor with 5.24. Random weights, 256 lyric states, no guidance, top-k 250 (as the MusicGen
+yardstick): speed does not hang on what was learnt. Figures are medians over the rounds; compilation is timed apart. A
+code is one of K = 2 a frame. Prints one JSON line last:
 
     rtf_120s_delay        seconds of computing a second of sound: 120 s in `delay`, decoded and written as WAV
     ratio_cat, _static    codes/s over the yardstick with a grown, a preallocated cache; `flatten`, at 16,000 codes
