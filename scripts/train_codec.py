@@ -2,8 +2,8 @@
 
     python scripts/train_codec.py OUT [--steps 13000] [--filters 16] ...
 
-An hour on two cores. Stop it at any time: the same command goes on at the last checkpoint, to the bit. The sound is made
-as it goes (`l2m_jax.sounds`: a pure function of seed and step). OUT gets settings.json, metrics.jsonl, TensorBoard
+An hour on two cores. Stop it at any time: the same command goes on at the last checkpoint, to the bit. The sound is
+made as it goes (`l2m_jax.sounds`: a pure function of seed and step). OUT gets settings.json, metrics.jsonl, TensorBoard
 events with sound, checkpoints, and at the end codec/, a folder that `--codec` and
 `transformers.EncodecModel.from_pretrained` load.
 """
@@ -83,7 +83,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         if min(self.phases.values()) < 1:
-            raise UserError(f"phases of {self.phases} steps: each needs one at least; give more --steps")
+            raise UserError(
+                f"phases of {self.phases} steps: each needs one at least; give more --steps, or fewer of these"
+            )
 
     @property
     def phases(self) -> dict[Phase, int]:
