@@ -29,7 +29,7 @@ from l2m_jax.codec_training import (
 )
 from l2m_jax.config import UserError
 from l2m_jax.encodec import Encodec, EncodecConfig
-from l2m_jax.sounds import make_clip
+from l2m_jax.sounds import kind_of, make_clip
 from l2m_jax.weights import load_codec
 
 run = jax.jit(run)  # op by op it takes seconds
@@ -129,6 +129,19 @@ def test_steps_learn(phase):
         assert max(moved) == 0 and (state.codebooks.total == codebooks.total).all()
     else:
         assert min(moved) > 0  # the gradient goes through the quantizer to every parameter of the encoder
+
+
+def test_songs_and_bands_count_more_in_the_codebooks():
+    script = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "train_codec.py"))
+    settings = script["Settings"](batch=4, frames=8, solfege=3.0, band=2.0)
+    parts, seen = script["PARTS"], set()
+    for index in range(0, 48, parts):
+        importance = script["_clips"](settings, index)[1]
+        for row, counts in enumerate(importance):
+            kind = kind_of(settings.seed, (index + row) // parts * settings.batch + row)
+            assert counts == {"solfege": 3.0, "band": 2.0}.get(kind, 1.0)
+            seen.add(float(counts))
+    assert seen == {1.0, 2.0, 3.0}
 
 
 def test_the_script_goes_on_to_the_bit(tmp_path):

@@ -23,6 +23,13 @@ def test_clips_of_each_kind(kind):
     assert (make_clip(4, 0, 0.7, kind) != clips[0]).any()
 
 
+def test_bands_are_as_loud_as_released_songs():
+    bands, mixtures = (
+        [20 * np.log10(make_clip(3, i, 2.0, kind).std() + 1e-9) for i in range(12)] for kind in ("band", "mixture")
+    )
+    assert -16 < min(bands) and np.median(bands) > -12 > -14 > np.median(mixtures)  # dB of full scale
+
+
 def test_melodies_keep_to_the_keys_of_a_piano():
     rng = np.random.default_rng(0)
     keys = np.array([12 * np.log2(_hz(rng, 82, 440) / 440) for _ in range(500)])
