@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import Array
-from jaxtyping import Float, Key
+from jaxtyping import Float, Int, Key
 
 from l2m_jax.codec_losses import Weights, all_losses
 from l2m_jax.encodec import Encodec
@@ -78,10 +78,10 @@ def quantize(
     """
     rest, counts, totals = latents, [], []
     for k, entries in enumerate(codebooks.entries):
-        code = jnp.argmin(jnp.sum(entries**2, -1) - 2 * rest @ entries.T, -1)
+        code = _nearest(rest, entries)
         chosen = jax.nn.one_hot(code, len(entries)) * importance[:, None]
         count = DECAY * codebooks.count[k] + (1 - DECAY) * chosen.sum(0)
-        total = DECAY * codebooks.total[k] + (1 - DECAY) * chosen.T @ rest
+        total = DECAY * codebooks.total[k] + (1 - DECAY) * jnp.matmul(chosen.T, rest, precision="float32")
         misfit = importance * jnp.sum((rest - entries[code]) ** 2, -1) / (jnp.sum(latents**2, -1) + 1e-9)
         drawn = jax.random.categorical(jax.random.fold_in(key, k), jnp.log(misfit + 1e-9), shape=(len(entries),))
         fresh = rest[drawn]
@@ -145,9 +145,7 @@ def k_means(points: Float[Array, "P D"], entries: int, rounds: int, key: Key[Arr
     """
     points = jnp.asarray(points)
 
-    @jax.jit
-    def nearest(part: Array, centres: Array) -> Array:
-        return jnp.argmin(jnp.sum(centres**2, -1) - 2 * part @ centres.T, -1)
+    nearest = jax.jit(_nearest)
 
     @jax.jit
     def middle(code: Array, key: Array) -> tuple[Array, Array]:
@@ -171,8 +169,7 @@ def first_codebooks(latents: Float[Array, "P D"], books: int, entries: int, key:
         share = jnp.maximum(count / len(latents) * entries, DEAD)
         counts.append(share)
         totals.append(centres * share[:, None])
-        code = jnp.argmin(jnp.sum(centres**2, -1) - 2 * rest @ centres.T, -1)
-        rest = rest - centres[code]
+        rest = rest - centres[_nearest(rest, centres)]
     return Codebooks(jnp.stack(counts), jnp.stack(totals))
 
 
@@ -190,6 +187,11 @@ def finished(state: CodecState, module: Encodec) -> Encodec:
     first.kernel = nnx.Param(first.kernel[...] * scale)
     module.codebooks = nnx.Param(entries / scale)
     return module
+
+
+def _nearest(points: Float[Array, "P D"], entries: Float[Array, "V D"]) -> Int[Array, " P"]:
+    """The entry next to each point. Accelerators would round the product, and entries lie close."""
+    return jnp.argmin(jnp.sum(entries**2, -1) - 2 * jnp.matmul(points, entries.T, precision="float32"), -1)
 
 
 def _perplexity(count: Float[Array, " V"]) -> Float[Array, ""]:

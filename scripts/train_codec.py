@@ -15,10 +15,10 @@ import dataclasses
 import functools
 import itertools
 import json
-import queue
+import multiprocessing
 import sys
-import threading
 from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,21 +43,24 @@ from l2m_jax.sounds import RATE, kind_of, make_clip
 
 WEIGHTS: dict[Phase, Weights] = {
     "free": Weights(1.0, 0.3, 0.1, 0.05, 0.3, 0.2, 0.2),
-    "bound": Weights(0.4, 1.5, 0.3, 0.3, 0.7, 2.0, 10.0),
-    "decoder": Weights(0.1, 2.0, 0.3, 0.5, 0.5, 2.0, 5.0),
+    "bound": Weights(0.4, 1.5, 0.3, 0.3, 0.7, 3.0, 10.0),
+    "decoder": Weights(0.1, 2.0, 0.3, 0.5, 0.5, 3.0, 8.0),
 }
 """The loss of each phase."""
 PARTS = 4  # clips that are cut from one
+AHEAD = 16  # steps whose sound is being made
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What a run is made of; another value is another run."""
 
+    init: str = ""
+    """Another run of the same shapes, finished or not: its last networks and codebooks are the first ones here."""
     steps: int = 13_000
     """All steps."""
     free_steps: int = 6_000
-    """Steps of the autoencoder without quantizer, before k-means."""
+    """Steps of the autoencoder without quantizer, before k-means; 0 after --init, whose codebooks then go on."""
     decoder_steps: int = 2_500
     """The last steps, of the decoder alone."""
     batch: int = 4
@@ -82,9 +85,10 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.phases.values()) < 1:
+        if min(self.phases.values()) < 0 or self.phases["bound"] < 1 or not (self.free_steps or self.init):
             raise UserError(
-                f"phases of {self.phases} steps: each needs one at least; give more --steps, or fewer of these"
+                f"phases of {self.phases} steps: give more --steps, or fewer of these; bound needs one at least, "
+                "and free where there is no --init"
             )
 
     @property
@@ -98,8 +102,9 @@ def main(
     out: tyro.conf.Positional[Path],
     settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),
     checkpoint_every: int = 250,
+    workers: int = 1,
 ) -> None:
-    """Trains, or goes on training, the codec in OUT."""
+    """Trains, or goes on training, the codec in OUT; `workers` processes make its sound, which is the same with any."""
     console = Console()
     config = EncodecConfig(
         num_filters=settings.filters,
@@ -115,15 +120,7 @@ def main(
     stored.write_text(json.dumps(wanted))
 
     ends = list(itertools.accumulate(settings.phases.values()))
-    highest = [(settings.lr, 10), (settings.bound_lr, 100), (settings.decoder_lr, 100)]
-    rate = optax.join_schedules(
-        [
-            optax.warmup_cosine_decay_schedule(0, lr, min(200, steps // 2), steps, lr / fall)
-            for steps, (lr, fall) in zip(settings.phases.values(), highest)
-        ],
-        ends[:-1],
-    )
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99, weight_decay=1e-4))
+    optimizer = _optimizer(settings)
     step = jax.jit(functools.partial(train_step, optimizer=optimizer), static_argnames="phase", donate_argnums=0)
     module = Encodec(config, 2, nnx.Rngs(settings.seed))
     state = start(module, optimizer)
@@ -132,21 +129,19 @@ def main(
         latest = checkpoints.latest
         first = 0 if latest is None else latest.step
         if first:
-            # By name: Orbax sorts the keys of a tree, and in ours some are numbers and some are words.
-            device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            shapes, placed = _by_name(jax.eval_shape(lambda: state)), _by_name(jax.tree.map(lambda _: device, state))
-            leaves = restore(out, first, {"state": shapes}, {"state": placed})["state"]
-            state = jax.tree.unflatten(jax.tree.structure(state), [leaves[name] for name in _by_name(state)])
+            state = _restored(out, first, state)
             say(console, f"going on at step {first}")
+        elif settings.init:
+            state = _last(Path(settings.init), state)
         log = Log(out, first, settings.steps, 25, console)
-        for index, sound, importance in _ahead(settings, first):
-            if index == settings.free_steps:
+        for index, (sound, importance) in enumerate(_clips(settings, range(first, settings.steps), workers), first):
+            if index == settings.free_steps and (index or not settings.init):
                 say(console, "k-means of the latents")
-                state = state._replace(codebooks=_k_means(state, settings, config))
+                state = state._replace(codebooks=_k_means(state, settings, config, workers))
             key = jax.random.fold_in(jax.random.key(settings.seed), index)
             phase = list(WEIGHTS)[bisect.bisect_right(ends, index)]
             state, metrics = step(state, sound, importance, key, WEIGHTS[phase], phase=phase)
-            log.metrics(index, {name: float(value) for name, value in metrics.items()})
+            log.metrics(index, {name: float(value) for name, value in jax.device_get(metrics).items()})
             if (index + 1) % checkpoint_every == 0 or index + 1 == settings.steps:
                 with saving(out):
                     checkpoints.save_checkpointables(index + 1, {"state": _by_name(state)})
@@ -157,47 +152,84 @@ def main(
     say(console, f"the codec is in {out / 'codec'}; how good it is: l2m codec song.wav --codec {out / 'codec'}")
 
 
+def _optimizer(settings: Settings) -> optax.GradientTransformation:
+    """AdamW, with a cosine for each phase."""
+    highest = [(settings.lr, 10), (settings.bound_lr, 100), (settings.decoder_lr, 100)]
+    phases = [(steps, lr, fall) for steps, (lr, fall) in zip(settings.phases.values(), highest) if steps]
+    rate = optax.join_schedules(
+        [
+            optax.warmup_cosine_decay_schedule(0, lr, min(200, steps // 2), steps, lr / fall)
+            for steps, lr, fall in phases
+        ],
+        list(itertools.accumulate(steps for steps, *_ in phases))[:-1],
+    )
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99, weight_decay=1e-4))
+
+
+def _restored(run: Path, step: int, state: CodecState) -> CodecState:
+    """The state that was saved after so many steps, in the place of `state`."""
+    # By name: Orbax sorts the keys of a tree, and in ours some are numbers and some are words.
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes, placed = _by_name(jax.eval_shape(lambda: state)), _by_name(jax.tree.map(lambda _: device, state))
+    leaves = restore(run, step, {"state": shapes}, {"state": placed})["state"]
+    return jax.tree.unflatten(jax.tree.structure(state), [leaves[name] for name in _by_name(state)])
+
+
+def _last(run: Path, state: CodecState) -> CodecState:
+    """The state at another run's last checkpoint, with the optimizer's of `state`."""
+    if not (run / "settings.json").is_file():
+        raise UserError(f"--init {run}: no run of this script is there")
+    with open_checkpoints(run, 2) as checkpoints:
+        latest = checkpoints.latest
+    if latest is None:
+        raise UserError(f"--init {run}: it has no checkpoint yet")
+    theirs = Settings(**json.loads((run / "settings.json").read_text()))
+    moments = jax.eval_shape(_optimizer(theirs).init, (state.encoder, state.decoder))
+    found = _restored(run, latest.step, state._replace(moments=moments))
+    return found._replace(moments=state.moments)
+
+
 def _by_name(state: Any) -> dict[str, Any]:
     return {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
 
 
-def _clips(settings: Settings, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """The clips of a step, and their importance. They are parts of longer ones: notes begin before them, end after."""
-    size, clips, importance = round(settings.frames / 75 * RATE), [], []
-    for row in range(settings.batch):
-        whole, part = divmod(index + row, PARTS)  # each row is at another part
-        whole = whole * settings.batch + row
-        clips.append(_long(settings.seed, whole, PARTS * size / RATE)[part * size :][:size])
-        counts = {"solfege": settings.solfege, "band": settings.band}
-        importance.append(counts.get(kind_of(settings.seed, whole), 1.0))
-    return np.stack(clips), np.array(importance, np.float32)
+def _clips(settings: Settings, steps: range, workers: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The clips of each step, and their importance, made while the steps before are computed.
+
+    They are parts of longer ones: notes begin before them, end after.
+    """
+    size = round(settings.frames / 75 * RATE)
+    counts = {"solfege": settings.solfege, "band": settings.band}
+    made: dict[int, Future[np.ndarray]] = {}
+    # Spawned: a fork of a process that runs JAX may hang.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        for index in range(steps.start - AHEAD, steps.stop):
+            for whole, _ in _cuts(settings, index + AHEAD) if index + AHEAD < steps.stop else ():
+                if whole not in made:
+                    made[whole] = pool.submit(make_clip, settings.seed, whole, PARTS * size / RATE)
+            if index < steps.start:
+                continue
+            cuts = _cuts(settings, index)
+            clips = [made[whole].result()[part * size :][:size] for whole, part in cuts]
+            importance = [counts.get(kind_of(settings.seed, whole), 1.0) for whole, _ in cuts]
+            for whole, part in cuts:
+                if part == PARTS - 1:
+                    del made[whole]
+            yield np.stack(clips), np.array(importance, np.float32)
 
 
-@functools.lru_cache(32)
-def _long(seed: int, index: int, seconds: float) -> np.ndarray:
-    return make_clip(seed, index, seconds)
+def _cuts(settings: Settings, index: int) -> list[tuple[int, int]]:
+    """For each clip of a step the longer one that it is cut from, and which part of that; each row is at another."""
+    places = [divmod(index + row, PARTS) for row in range(settings.batch)]
+    return [(whole * settings.batch + row, part) for row, (whole, part) in enumerate(places)]
 
 
-def _ahead(settings: Settings, first: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """The clips of each step, made by a thread while the step before is computed."""
-    made: queue.Queue[tuple[int, np.ndarray, np.ndarray]] = queue.Queue(8)
-
-    def make() -> None:
-        for index in range(first, settings.steps):
-            made.put((index, *_clips(settings, index)))
-
-    threading.Thread(target=make, daemon=True).start()
-    for _ in range(first, settings.steps):
-        yield made.get()
-
-
-def _k_means(state: CodecState, settings: Settings, config: EncodecConfig):
+def _k_means(state: CodecState, settings: Settings, config: EncodecConfig, workers: int):
     """Codebooks of the latents of sound that no step uses, each as often as its clip is important."""
     encode = jax.jit(lambda encoder, sound: run(encoder, sound[..., None]).reshape(-1, config.hidden_size))
     batches = -(-settings.latents // (settings.batch * settings.frames))
     other, latents, importance = dataclasses.replace(settings, seed=settings.seed + 1), [], []
-    for i in range(batches):
-        sound, counts = _clips(other, i)
+    for sound, counts in _clips(other, range(batches), workers):
         latents.append(encode(state.encoder, sound))
         importance.append(np.repeat(counts, settings.frames))
     weights = np.concatenate(importance)

@@ -135,12 +135,15 @@ def test_songs_and_bands_count_more_in_the_codebooks():
     script = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "train_codec.py"))
     settings = script["Settings"](batch=4, frames=8, solfege=3.0, band=2.0)
     parts, seen = script["PARTS"], set()
-    for index in range(0, 48, parts):
-        importance = script["_clips"](settings, index)[1]
+    for index, (clips, importance) in enumerate(script["_clips"](settings, range(48), workers=2)):
         for row, counts in enumerate(importance):
-            kind = kind_of(settings.seed, (index + row) // parts * settings.batch + row)
-            assert counts == {"solfege": 3.0, "band": 2.0}.get(kind, 1.0)
+            whole, part = divmod(index + row, parts)
+            whole, size = whole * settings.batch + row, clips.shape[1]
+            assert counts == {"solfege": 3.0, "band": 2.0}.get(kind_of(settings.seed, whole), 1.0)
             seen.add(float(counts))
+            if index == 5:  # each clip is the right part of the right longer one
+                made = make_clip(settings.seed, whole, parts * size / 24_000)
+                np.testing.assert_array_equal(clips[row], made[part * size :][:size])
     assert seen == {1.0, 2.0, 3.0}
 
 
@@ -164,5 +167,28 @@ def test_the_script_goes_on_to_the_bit(tmp_path):
     assert (codec.codebooks, codec.entries, codec.config.num_lstm_layers) == (2, 1024, 1)
     with pytest.raises(UserError, match="parts holds a run with other settings"):
         script["main"](tmp_path / "parts", script["Settings"](steps=8, free_steps=2, decoder_steps=1))
-    with pytest.raises(UserError, match="each needs one at least"):
+    with pytest.raises(UserError, match="bound needs one at least"):
         script["Settings"](steps=8)
+
+
+def test_the_script_begins_with_another_run(tmp_path):
+    script = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "train_codec.py"))
+    first, begun = tmp_path / "first", tmp_path / "begun"
+    shape = {"batch": 2, "frames": 16, "filters": 2, "hidden": 8, "latents": 1200}
+    with pytest.raises(UserError, match="no run of this script"):
+        script["main"](begun, script["Settings"](init=str(first), steps=2, free_steps=0, decoder_steps=0, **shape))
+    shutil.rmtree(begun)
+    script["main"](first, script["Settings"](steps=3, free_steps=1, decoder_steps=1, **shape))
+    # One step at no learning rate to speak of: networks as they were, codebooks moved by a hundredth.
+    settings = script["Settings"](
+        init=str(first), steps=1, free_steps=0, decoder_steps=0, bound_lr=1e-12, **shape | {"batch": 3}
+    )
+    script["main"](begun, settings)
+    old, new = (load_codec(str(run / "codec")).module for run in (first, begun))
+    kernels = [np.asarray(codec.encoder.layers[0].kernel[...]) for codec in (old, new)]
+    np.testing.assert_allclose(*kernels, rtol=1e-3)
+    entries = [np.asarray(codec.codebooks[...]) for codec in (old, new)]
+    apart = np.abs(entries[0] - entries[1]).max(-1)
+    assert 0 < np.median(apart) < 0.2
+    with pytest.raises(UserError, match="free where there is no --init"):
+        script["Settings"](steps=2, free_steps=0, decoder_steps=0)
