@@ -4,8 +4,8 @@ Heads stand before positions, [B, N, T, H]: a decode step then reads each head's
 K key heads are shared by N / K query heads each, one after the other (grouped queries: Ainslie et al., 2023).
 
 A CPU runs `blockwise_attention`, a TPU Pallas splash attention, a GPU cuDNN's where that can (whole causal
-self-attention) and else the blockwise one. The accelerators' paths have not run on
-hardware yet: the TPU's kernel is tested by interpreting it on a CPU, the GPU's call by lowering it.
+self-attention in half precision) and else the blockwise one. cuDNN's ran on an H100 (`scripts/check_accelerator.py`);
+the tests lower its call. The TPU's kernel has not run on hardware yet: it is tested by interpreting it on a CPU.
 """
 
 from __future__ import annotations

@@ -219,7 +219,7 @@ class Config:
 class SampleConfig:
     """How the next code is drawn; temperature and guidance by default as solfege songs were sung best."""
 
-    temperature: float = 0.4
+    temperature: float = 0.7
     """Divides the logits: below 1 surer and plainer, above 1 wilder; 0 takes the likeliest code."""
     top_k: int = 250
     """Draw among the k likeliest codes; 0 among all. Cuts off the unlikely, however many are likely."""

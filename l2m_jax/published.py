@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 from l2m_jax.config import UserError
 from l2m_jax.torchfile import read_torch
 
-SHIPPED = {"solfege": "solfege_codec", "procedural": "procedural_codec"}
+SHIPPED = {"solfege": "solfege_codec"}
 """Names of models that come with the package, and their folders under assets/."""
 
 Tensors = dict[str, np.ndarray]

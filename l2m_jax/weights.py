@@ -51,7 +51,7 @@ _CODEC_SPELLINGS = {
 
 
 def load_codec(name: str = "solfege", codebooks: int | None = None) -> Codec:
-    """An EnCodec of the package (`solfege`, `procedural`), of a folder, of the hub, or Meta's own file.
+    """An EnCodec of the package (`solfege`), of a folder, of the hub, or Meta's own file.
 
     `codebooks` K chooses the bandwidth, K x frame rate x log2 V bit/s; None is the lowest that the codec was trained
     for. UserError where the model is missing, is not of a supported family, or has fewer codebooks.

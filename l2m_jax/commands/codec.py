@@ -19,7 +19,7 @@ class Codec:
     files: tyro.conf.Positional[tuple[Path, ...]]
     """Sound files (wav, flac, ogg, mp3)."""
     codec: str = "solfege"
-    """The codec: `solfege` or `procedural` (in the package), a folder, or a hub id such as facebook/encodec_24khz."""
+    """The codec: `solfege` (in the package), a folder, or a hub id such as facebook/encodec_24khz."""
     codebooks: int | None = None
     """K, codebooks a frame; the codec's lowest bit rate by default."""
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False

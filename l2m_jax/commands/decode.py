@@ -20,7 +20,7 @@ class Decode:
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("out.wav")
     """The sound."""
     codec: str = "solfege"
-    """The codec that the codes are of: `solfege`, `procedural`, a folder, a checkpoint of Meta's (.th), or a hub id."""
+    """The codec that the codes are of: `solfege`, a folder, a checkpoint of Meta's (.th), or a hub id."""
 
     def run(self) -> int:
         """Does it; returns the exit status."""

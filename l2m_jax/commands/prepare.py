@@ -21,7 +21,7 @@ class Prepare:
     workers: int = 1
     """Processes at work at the same time; each holds codec and text encoder."""
     codec: str = "solfege"
-    """The codec: `solfege` or `procedural` (in the package), a folder, or a hub id such as facebook/encodec_24khz."""
+    """The codec: `solfege` (in the package), a folder, or a hub id such as facebook/encodec_24khz."""
     codebooks: int | None = None
     """K, codebooks a frame; the codec's lowest bit rate by default."""
     text_encoder: str = "minilm"
