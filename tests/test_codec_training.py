@@ -179,7 +179,7 @@ def test_the_script_begins_with_another_run(tmp_path):
         script["main"](begun, script["Settings"](init=str(first), steps=2, free_steps=0, decoder_steps=0, **shape))
     shutil.rmtree(begun)
     script["main"](first, script["Settings"](steps=3, free_steps=1, decoder_steps=1, **shape))
-    # One step at no learning rate to speak of: networks as they were, codebooks moved by a hundredth.
+    # One step at no learning rate to speak of: networks as they were, and of the entries those that were not chosen.
     settings = script["Settings"](
         init=str(first), steps=1, free_steps=0, decoder_steps=0, bound_lr=1e-12, **shape | {"batch": 3}
     )
@@ -189,6 +189,6 @@ def test_the_script_begins_with_another_run(tmp_path):
     np.testing.assert_allclose(*kernels, rtol=1e-3)
     entries = [np.asarray(codec.codebooks[...]) for codec in (old, new)]
     apart = np.abs(entries[0] - entries[1]).max(-1)
-    assert 0 < np.median(apart) < 0.2
+    assert np.median(apart) < 0.01 < np.abs(entries[0]).mean() and apart.max() > 0
     with pytest.raises(UserError, match="free where there is no --init"):
         script["Settings"](steps=2, free_steps=0, decoder_steps=0)
