@@ -2,7 +2,8 @@
 
     python scripts/train_codec.py OUT [--steps 13000] [--filters 16] ...
 
-An hour on two cores. Stop it at any time: the same command goes on at the last checkpoint, to the bit. The sound is
+An hour on two cores; on an accelerator take larger batches, longer clips and more --workers (the card of the codec that
+ships has its commands). Stop it at any time: the same command goes on at the last checkpoint, to the bit. The sound is
 made as it goes (`l2m_jax.sounds`: a pure function of seed and step). OUT gets settings.json, metrics.jsonl, TensorBoard
 events with sound, checkpoints, and at the end codec/, a folder that `--codec` and
 `transformers.EncodecModel.from_pretrained` load.
