@@ -20,7 +20,7 @@ from l2m_jax.lrc import labels, read_reading, time_words, write_lrc
 from l2m_jax.picture import draw_file, draw_spectrograms
 from l2m_jax.progress import Bar, say
 from l2m_jax.request import Line, Request, pack, read_requests
-from l2m_jax.singer import Singer, Stream, Task, make_task, sing
+from l2m_jax.singer import Singer, Stream, Task, decode_song, make_task, sing
 from l2m_jax.song import Song, check_output, read_npz, write_json
 from l2m_jax.stop import StopSignal
 from l2m_jax.weights import load_codec
@@ -199,6 +199,6 @@ def decode_file(path: Path, out: Path, codec_name: str = "solfege") -> float:
             raise UserError(f"{path} has codes of {name} [{fingerprint}], not of {codec.name}: name it with --codec")
     else:
         raise UserError(f"{path}: a .ecdc or a .npz is needed")
-    samples = decode(codec, codes, scales=scales)[:length]
+    samples = (decode_song(codec, codes) if scales is None else decode(codec, codes, scales=scales))[:length]
     write_wav(out, samples, codec.rate)
     return len(samples) / codec.rate

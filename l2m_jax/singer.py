@@ -198,7 +198,7 @@ def sing(
         progress(sum(shares) / len(shares))
         if by := stopped():
             break
-    samples = [decode(singer.codec, song.codes) for song in songs]
+    samples = [decode_song(singer.codec, song.codes) for song in songs]
     timings = {"total": time.perf_counter() - began, "compiling": compiling() - compiled, "songs_together": len(tasks)}
     return [_song(singer, *one, timings, by) for one in zip(tasks, songs, samples)]
 
@@ -274,6 +274,12 @@ def decode_growing(
     else:  # causal: what comes after changes nothing
         padded = np.pad(rest, ((0, PIECE - len(rest)), (0, 0)))
         yield rest, decode_chunk(codec, state, padded)[1][: len(rest) * codec.hop]
+
+
+def decode_song(codec: Codec, codes: Int[np.ndarray, "F K"]) -> Float[np.ndarray, "T ..."]:
+    """The samples of a whole song, to the bit those of its stream: pieces of another length add up in another order."""
+    pieces = [samples for _, samples in decode_growing(codec, iter([codes]))]
+    return np.concatenate(pieces) if pieces else decode(codec, codes)
 
 
 def _song(

@@ -18,7 +18,7 @@ from l2m_jax.config import UserError
 from l2m_jax.data import Dataset, make_example
 from l2m_jax.model import SoundTransformer
 from l2m_jax.request import Request
-from l2m_jax.singer import PIECE, Stream, decode_growing, load, make_prompt, make_task, sing
+from l2m_jax.singer import PIECE, Stream, decode_growing, decode_song, load, make_prompt, make_task, sing
 from l2m_jax.tokens import make_layout
 
 
@@ -84,6 +84,7 @@ def test_a_stream_decodes_as_if_at_once(singer, frames):
     samples = np.concatenate([np.zeros(0, np.float32), *(samples for _, samples in pieces)])
     whole = decode(singer.codec, codes)
     assert samples.shape == whole.shape
+    np.testing.assert_array_equal(samples, decode_song(singer.codec, codes))  # of files and batches: to the bit
     error = np.abs(samples - whole).max(initial=0)
     print(f"stream of {frames} frames: error {error:.1e}, tolerance 1e-05")
     assert error < 1e-5
@@ -100,6 +101,7 @@ def test_a_stream_comes_in_pieces_and_is_the_song(long_singer):
     assert np.abs(song.samples - decode(long_singer.codec, song.codes)).max() < 1e-5
     again = long_singer.generate("la", "march", seconds=4, min_seconds=4, seed=3)
     np.testing.assert_array_equal(again.codes, song.codes)
+    np.testing.assert_array_equal(again.samples, song.samples)
 
 
 def test_a_stream_that_is_stopped_is_a_song_so_far(long_singer):
