@@ -166,14 +166,14 @@ def decode_chunk(codec: Codec, state: State, codes: Int[np.ndarray, "F K"]) -> t
 
 @jax.jit
 def _encode_chunk(module: Encodec, samples: Array, valid: Array, state: State) -> tuple[Array, State]:
-    with jax.default_matmul_precision("float32"):  # An H100 left to itself chose 1 code in 1,000 otherwise
+    with jax.default_matmul_precision("float32"):  # Accelerators would round: the same sound has the same codes.
         latents, state = module.embed(samples, valid, state)
         return module.quantize(latents), state
 
 
 @jax.jit
 def _decode_chunk(module: Encodec, codes: Array, valid: Array, state: State) -> tuple[Array, State]:
-    with jax.default_matmul_precision("float32"):  # and its waveform was up to 3 % of full scale away.
+    with jax.default_matmul_precision("float32"):
         return module.synthesize(codes, valid, state)
 
 

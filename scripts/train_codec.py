@@ -113,8 +113,10 @@ def main(
         num_lstm_layers=settings.lstm_layers,
         target_bandwidths=(1.5,),
     )
-    out.mkdir(parents=True, exist_ok=True)
     stored = out / "settings.json"
+    if settings.init and not stored.exists() and not (Path(settings.init) / "settings.json").is_file():
+        raise UserError(f"--init {settings.init}: no run of this script is there")
+    out.mkdir(parents=True, exist_ok=True)
     wanted = dataclasses.asdict(settings)
     if stored.exists() and json.loads(stored.read_text()) != wanted:
         raise UserError(f"{out} holds a run with other settings, {stored.read_text()}: choose another folder")
@@ -178,8 +180,6 @@ def _restored(run: Path, step: int, state: CodecState) -> CodecState:
 
 def _last(run: Path, state: CodecState) -> CodecState:
     """The state at another run's last checkpoint, with the optimizer's of `state`."""
-    if not (run / "settings.json").is_file():
-        raise UserError(f"--init {run}: no run of this script is there")
     with open_checkpoints(run, 2) as checkpoints:
         latest = checkpoints.latest
     if latest is None:
