@@ -1,6 +1,6 @@
 """What a codec is trained to keep of a sound. After `quality`; for `codec_training`.
 
-Every loss is 0 where y is x [B, T], both at 24 kHz, and takes clips of a tenth of a second at least.
+Every loss is 0 where y is x [B, T], both at 24 kHz and below CLIPPED; clips are a tenth of a second at least.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ BANDS = (32, 48, 64, 80)
 COUNTS = (1, 1, 1, 3)  # the longest tells harmonics from what is between them, where a codec's noise is heard
 BIN_FLOOR = 1e-2  # a mel band adds up its bins with weights of about a hundredth
 LAGS = slice(40, 400)  # samples of the autocorrelation: 600 to 60 Hz
+CLIPPED = 0.95  # of full scale: clips of `sounds` stay below
 HEARD, HIGHEST, LOWEST = 1440, 24, 437  # samples: 60 ms; lags of 1,000 and 55 Hz
 
 
@@ -39,7 +40,9 @@ class Weights(NamedTuple):
     salience: float
     """Which pitch is heard in what is voiced: against a harmonic or an octave in the place of the note."""
     peaks: float
-    """What shoots beyond the loudest sample nearby, where a WAV would be cut."""
+    """What shoots beyond the loudest sample nearby."""
+    clipping: float
+    """What shoots beyond full scale, where a WAV is cut."""
 
 
 def waveform_loss(x: Float[Array, "B T"], y: Float[Array, "B T"]) -> Float[Array, ""]:
@@ -121,6 +124,11 @@ def peak_loss(x: Float[Array, "B T"], y: Float[Array, "B T"]) -> Float[Array, ""
     return jnp.mean(jnp.mean(beyond, (1, 2)) / (jnp.sqrt(jnp.mean(x**2, -1)) + 1e-2))
 
 
+def clipping_loss(y: Float[Array, "B T"]) -> Float[Array, ""]:
+    """Sum of what samples have beyond CLIPPED, a mean over clips: one sample of a thousand is cut as any other is."""
+    return jnp.mean(jnp.sum(jnp.maximum(jnp.abs(y) - CLIPPED, 0), -1))
+
+
 def all_losses(x: Float[Array, "B T"], y: Float[Array, "B T"]) -> dict[str, Float[Array, ""]]:
     """The loss of each of the `Weights`, by its name."""
     return {
@@ -131,6 +139,7 @@ def all_losses(x: Float[Array, "B T"], y: Float[Array, "B T"]) -> dict[str, Floa
         "pitch": pitch_loss(x, y),
         "salience": salience_loss(x, y),
         "peaks": peak_loss(x, y),
+        "clipping": clipping_loss(y),
     }
 
 

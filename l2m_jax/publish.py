@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +17,14 @@ from l2m_jax.seanet import Chain, Conv, Layer, Lstm, Upsample
 Tensors = Iterator[tuple[str, np.ndarray]]
 
 
-def save_codec(folder: Path, module: Encodec, config: EncodecConfig) -> None:
+def save_codec(
+    folder: Path, module: Encodec, config: EncodecConfig, kept: Mapping[str, np.ndarray] | None = None
+) -> None:
     """Writes config.json and model.safetensors (float16, lengths float32) as `transformers.EncodecModel` names them.
 
     An LSTM that is not there is stored as one layer of zeros, which on its residual is exactly none: the published
-    layout knows no model without. ValueError for a codec with group norms, whose gains this does not write.
+    layout knows no model without. Tensors of these names in `kept` are written in the place of those of `module`.
+    ValueError for a codec with group norms, whose gains this does not write.
     """
     if config.norm_type != "weight_norm":
         raise ValueError(f"norm_type is {config.norm_type}; only weight_norm is written")
@@ -35,6 +38,7 @@ def save_codec(folder: Path, module: Encodec, config: EncodecConfig) -> None:
             f"{book}.inited": np.ones(1),
             f"{book}.cluster_size": np.ones(len(entries)),
         }
+    tensors |= {name: array for name, array in (kept or {}).items() if name in tensors}
     folder.mkdir(parents=True, exist_ok=True)
     # Lengths of weights may lie beyond float16's 65,504: a decoder that expects latents of RMS 1 has such.
     kinds = {name: np.float32 if name.endswith("original0") else np.float16 for name in tensors}

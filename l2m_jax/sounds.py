@@ -10,7 +10,7 @@ random level; solfege songs are played about as loud as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -27,7 +27,7 @@ Sound = Float[np.ndarray, " T"]
 def make_clip(seed: int, index: int, seconds: float, kind: str | None = None) -> Sound:
     """Clip `index` of the corpus `seed`: float32, 24 kHz, peak below 1. `kind` (of `KINDS`) is drawn if None."""
     rng = np.random.default_rng((seed, index))
-    drawn = _draw_kind(rng)
+    drawn = _draw_kind(rng, SHARES)
     kind, size = kind or drawn, round(seconds * RATE)
     sound = KINDS[kind](rng, size)
     if kind == "solfege":
@@ -43,13 +43,13 @@ def make_clip(seed: int, index: int, seconds: float, kind: str | None = None) ->
     return (sound * 10 ** (rng.uniform(LOUD - 4 if kind == "band" else QUIET, LOUD) / 20)).astype(np.float32)
 
 
-def kind_of(seed: int, index: int) -> str:
-    """Which of `KINDS` `make_clip` draws for a clip."""
-    return _draw_kind(np.random.default_rng((seed, index)))
+def kind_of(seed: int, index: int, shares: Sequence[float] | None = None) -> str:
+    """Which of `KINDS` is drawn for a clip: by `make_clip`, where each has its share of SHARES."""
+    return _draw_kind(np.random.default_rng((seed, index)), shares or SHARES)
 
 
-def _draw_kind(rng: np.random.Generator) -> str:
-    return str(rng.choice(list(KINDS), p=SHARES))
+def _draw_kind(rng: np.random.Generator, shares: Sequence[float]) -> str:
+    return str(rng.choice(list(KINDS), p=shares))
 
 
 def _solfege(rng: np.random.Generator, size: int) -> Sound:

@@ -58,8 +58,7 @@ def load_codec(name: str = "solfege", codebooks: int | None = None) -> Codec:
     """
     short, place = resolve(name)
     config = None if place.is_file() else EncodecConfig.parse(read_config(place), str(place / "config.json"))
-    tensors = {_spelled(key): array for key, array in read_tensors(place).items()}
-    tensors = {key: array for key, array in tensors.items() if not re.fullmatch(_CODEC_UNUSED, key)}
+    tensors = codec_tensors(place)
     if config is None:  # a file of Meta's: of the two published ones only the larger has norms
         config = PUBLISHED["encodec_48khz" if any(".norm." in key for key in tensors) else "encodec_24khz"]
     most = config.codebooks_at(config.target_bandwidths[-1])
@@ -77,6 +76,12 @@ def load_codec(name: str = "solfege", codebooks: int | None = None) -> Codec:
     arrays = rename(arrays, (upsample, *_CODEC_RULES), (), place)
     module = fill(jax.eval_shape(lambda: Encodec(config, chosen, rngs=nnx.Rngs(0))), arrays, place)
     return Codec(short, fingerprint(tensors), config, module)
+
+
+def codec_tensors(place: Path) -> Tensors:
+    """The tensors of a codec that say what it does, by the names that transformers has for them."""
+    tensors = {_spelled(key): array for key, array in read_tensors(place).items()}
+    return {key: array for key, array in tensors.items() if not re.fullmatch(_CODEC_UNUSED, key)}
 
 
 def _spelled(key: str) -> str:

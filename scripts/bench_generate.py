@@ -12,6 +12,10 @@ code is one of K = 2 a frame. Prints one JSON line last:
     ratio_musicgen        codes/s over that of MusicGen's decoder, 1,500 frames in `delay`
     share_of_limit_16000  bytes a step has to read (weights, lyric keys and values, the cache so far) each second, over
                           bytes read and written each second by copying as much memory, by one thread or two
+    full_share_of_limit_16000  the same of `small` with attention in the yardstick's shape: as wide as the model, a key
+                          head a head, which reads 8 times the cache
+    over_full_limit_16000 codes/s of `small` as it is, over what that limit allows the full shape: how far fewer bytes
+                          take it past the limit
     first_sound_s         a new process with compiled programs in the cache: from a loaded model and lyric states to the
                           first second of samples; first_sound_process_s: from its start, imports and model included
     memory                peak of the loop's growth over weights and cache, up to the whole window of `flatten`; the
@@ -46,13 +50,14 @@ from l2m_jax import sample  # noqa: E402
 from l2m_jax.audio import write_wav  # noqa: E402
 from l2m_jax.cli import load_preset  # noqa: E402
 from l2m_jax.codec import decode, decode_chunk, decoder_state  # noqa: E402
-from l2m_jax.config import SampleConfig  # noqa: E402
+from l2m_jax.config import ModelConfig, SampleConfig  # noqa: E402
 from l2m_jax.model import LYRIC, Prompt, SoundTransformer  # noqa: E402
 from l2m_jax.tokens import make_layout  # noqa: E402
 from l2m_jax.weights import load_codec  # noqa: E402
 
 RULE = SampleConfig(temperature=1.0, top_k=250, guidance_lyrics=1.0, guidance_genre=1.0)
 SMALL = load_preset("small").model
+FULL = dataclasses.replace(SMALL, attention_width=SMALL.width, key_heads=SMALL.heads)
 LYRICS = 256  # states, as the yardsticks have
 
 
@@ -72,9 +77,9 @@ class Bench:
     """What the processes that this one starts do."""
 
 
-def make(layout: Literal["flatten", "delay"]) -> tuple[SoundTransformer, Any, Prompt]:
+def make(layout: Literal["flatten", "delay"], small: ModelConfig = SMALL) -> tuple[SoundTransformer, Any, Prompt]:
     """A random `small` of this layout, its layout, and lyrics of random states."""
-    config = dataclasses.replace(SMALL, layout=layout)
+    config = dataclasses.replace(small, layout=layout)
     model = jax.block_until_ready(jax.jit(lambda: SoundTransformer(config, rngs=nnx.Rngs(0)))()).unstacked()
     row = np.zeros((1, LYRICS), np.int32)
     states = np.random.default_rng(0).normal(size=(1, LYRICS, config.text_width)).astype(np.float32)
@@ -84,8 +89,8 @@ def make(layout: Literal["flatten", "delay"]) -> tuple[SoundTransformer, Any, Pr
 class Loop:
     """The compiled loop of one song that has `at` codes in its cache; what they are is left random."""
 
-    def __init__(self, layout_name: Literal["flatten", "delay"], at: int):
-        self.model, self.layout, prompt = make(layout_name)
+    def __init__(self, layout_name: Literal["flatten", "delay"], at: int, small: ModelConfig = SMALL):
+        self.model, self.layout, prompt = make(layout_name, small)
         none = np.zeros((0, self.layout.codebooks), np.int32)
         most = self.layout.frames
         self.context = sample._start(self.model, self.layout, prompt, RULE, [0], [most], [most], [none])
@@ -123,15 +128,16 @@ class Loop:
 
 
 def copy_speed(size: int) -> float:
-    """Bytes read and written a second when `size` bytes are copied, by one thread or by one a core."""
-    source, target, best = np.ones(size // 4, np.float32), np.ones(size // 4, np.float32), 0.0
+    """Bytes read and written a second when `size` bytes are copied: medians, by one thread or by one a core."""
+    source, target = np.ones(size // 4, np.float32), np.ones(size // 4, np.float32)
+    speeds: dict[int, list[float]] = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for threads in (1, os.cpu_count() or 1) * 5:
+        for threads in (1, os.cpu_count() or 1) * 7:
             parts = list(zip(np.array_split(target, threads), np.array_split(source, threads)))
             began = time.perf_counter()
             list(pool.map(lambda part: np.copyto(*part), parts))
-            best = max(best, 2 * source.nbytes / (time.perf_counter() - began))
-    return best
+            speeds.setdefault(threads, []).append(2 * source.nbytes / (time.perf_counter() - began))
+    return max(map(statistics.median, speeds.values()))
 
 
 def yardstick(folder: Path | None, script: str, *arguments: object) -> float:
@@ -228,6 +234,7 @@ def main(job: Bench) -> None:
     loops = {at: Loop("flatten", at) for at in (0, 4000, 16_000)}
     for at, loop in loops.items():
         note(f"compile_s_{at}", loop.compile_s)
+    full = Loop("flatten", 16_000, FULL)
     for _ in range(rounds):
         for at, loop in loops.items():
             codes = loop.run(steps)
@@ -241,7 +248,12 @@ def main(job: Bench) -> None:
                 )
                 note(f"{kind}_codes_per_s_{at}", theirs)
                 note(f"ratio_{kind}_{at}", codes / theirs)
-    del loops
+        theirs, speed = full.run(steps), copy_speed(full.bytes_a_step())
+        note("full_codes_per_s_16000", theirs)
+        note("full_copy_gb_per_s_16000", speed / 1e9)
+        note("full_share_of_limit_16000", theirs * full.bytes_a_step() / speed)
+        note("over_full_limit_16000", found["codes_per_s_16000"][-1] * full.bytes_a_step() / speed)
+    del loops, full
     frames = 150 if job.short else 1500
     model, layout, prompt = make("delay")
     for seed in range(rounds + 1):

@@ -39,13 +39,15 @@ from l2m_jax.encodec import Encodec, EncodecConfig
 from l2m_jax.log import Log
 from l2m_jax.progress import say
 from l2m_jax.publish import save_codec
+from l2m_jax.published import resolve
 from l2m_jax.sharding import path_name
-from l2m_jax.sounds import RATE, kind_of, make_clip
+from l2m_jax.sounds import KINDS, RATE, SHARES, kind_of, make_clip
+from l2m_jax.weights import codec_tensors, load_codec
 
 WEIGHTS: dict[Phase, Weights] = {
-    "free": Weights(1.0, 0.3, 0.1, 0.05, 0.3, 0.2, 0.2),
-    "bound": Weights(0.4, 1.5, 0.3, 0.3, 0.7, 3.0, 10.0),
-    "decoder": Weights(0.1, 2.0, 0.3, 0.5, 0.5, 3.0, 8.0),
+    "free": Weights(1.0, 0.3, 0.1, 0.05, 0.3, 0.2, 0.2, 0.0),
+    "bound": Weights(0.4, 1.5, 0.3, 0.3, 0.7, 3.0, 10.0, 0.0),
+    "decoder": Weights(0.1, 2.0, 0.4, 0.5, 1.0, 8.0, 8.0, 0.2),
 }
 """The loss of each phase."""
 PARTS = 4  # clips that are cut from one
@@ -57,7 +59,8 @@ class Settings:
     """What a run is made of; another value is another run."""
 
     init: str = ""
-    """Another run of the same shapes, finished or not: its last networks and codebooks are the first ones here."""
+    """Another run of the same shapes, finished or not, or a codec of them (a folder, or solfege): its last networks and
+    codebooks are the first ones here. Where all steps are the decoder's, a codec keeps its codes to the bit."""
     steps: int = 13_000
     """All steps."""
     free_steps: int = 6_000
@@ -81,16 +84,21 @@ class Settings:
     words first: otherwise four entries in ten are for sound that it never sings."""
     band: float = 5.0
     """What a band counts for: few entries lie as far out as dense and loud sound, which is else played too low."""
+    shares: tuple[float, ...] = SHARES
+    """How often each of `sounds.KINDS` is drawn."""
     latents: int = 100_000
     """That k-means sees."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.phases.values()) < 0 or self.phases["bound"] < 1 or not (self.free_steps or self.init):
+        least = 0 if self.init else 1
+        if min(self.phases.values()) < 0 or min(self.free_steps, self.phases["bound"]) < least:
             raise UserError(
-                f"phases of {self.phases} steps: give more --steps, or fewer of these; bound needs one at least, "
-                "and free where there is no --init"
+                f"phases of {self.phases} steps: give more --steps, or fewer of these; without --init, free and bound "
+                "need one each at least"
             )
+        if len(self.shares) != len(KINDS) or min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-6:
+            raise UserError(f"--shares {self.shares}: give one for each of {', '.join(KINDS)}, with a sum of 1")
 
     @property
     def phases(self) -> dict[Phase, int]:
@@ -114,10 +122,10 @@ def main(
         target_bandwidths=(1.5,),
     )
     stored = out / "settings.json"
-    if settings.init and not stored.exists() and not (Path(settings.init) / "settings.json").is_file():
-        raise UserError(f"--init {settings.init}: no run of this script is there")
+    if settings.init and not stored.exists():
+        _check_shapes(settings)
     out.mkdir(parents=True, exist_ok=True)
-    wanted = dataclasses.asdict(settings)
+    wanted = json.loads(json.dumps(dataclasses.asdict(settings)))
     if stored.exists() and json.loads(stored.read_text()) != wanted:
         raise UserError(f"{out} holds a run with other settings, {stored.read_text()}: choose another folder")
     stored.write_text(json.dumps(wanted))
@@ -135,7 +143,7 @@ def main(
             state = _restored(out, first, state)
             say(console, f"going on at step {first}")
         elif settings.init:
-            state = _last(Path(settings.init), state)
+            state = _begun(settings, state, optimizer)
         log = Log(out, first, settings.steps, 25, console)
         for index, (sound, importance) in enumerate(_clips(settings, range(first, settings.steps), workers), first):
             if index == settings.free_steps and (index or not settings.init):
@@ -151,7 +159,14 @@ def main(
             if (index + 1) % (4 * checkpoint_every) == 0:
                 log.audio(index, _listen(state, settings, phase != "free"), config.sampling_rate)
         log.close()
-    save_codec(out / "codec", finished(state, module), config)
+    if settings.init and not _is_run(settings.init) and settings.decoder_steps == settings.steps:
+        module, tensors = load_codec(settings.init).module, codec_tensors(resolve(settings.init)[1])
+        module.decoder = state.decoder
+        # Another export would round them anew, and codes with them.
+        kept = {name: array for name, array in tensors.items() if not name.startswith("decoder.")}
+        save_codec(out / "codec", module, config, kept)
+    else:
+        save_codec(out / "codec", finished(state, module), config)
     say(console, f"the codec is in {out / 'codec'}; how good it is: l2m codec song.wav --codec {out / 'codec'}")
 
 
@@ -178,15 +193,35 @@ def _restored(run: Path, step: int, state: CodecState) -> CodecState:
     return jax.tree.unflatten(jax.tree.structure(state), [leaves[name] for name in _by_name(state)])
 
 
-def _last(run: Path, state: CodecState) -> CodecState:
-    """The state at another run's last checkpoint, with the optimizer's of `state`."""
-    with open_checkpoints(run, 2) as checkpoints:
+def _is_run(init: str) -> bool:
+    return (Path(init) / "settings.json").is_file()
+
+
+def _check_shapes(settings: Settings) -> None:
+    """UserError where nothing is at --init, or it has other shapes."""
+    if _is_run(settings.init):
+        theirs = Settings(**json.loads((Path(settings.init) / "settings.json").read_text()))
+        shapes = (theirs.filters, theirs.hidden, theirs.lstm_layers)
+    else:
+        config = load_codec(settings.init).config
+        shapes = (config.num_filters, config.hidden_size, config.num_lstm_layers)
+    if shapes != (settings.filters, settings.hidden, settings.lstm_layers):
+        wanted = "--filters {} --hidden {} --lstm-layers {}".format(*shapes)
+        raise UserError(f"--init {settings.init} has other shapes than this run: give {wanted}")
+
+
+def _begun(settings: Settings, state: CodecState, optimizer: optax.GradientTransformation) -> CodecState:
+    """The networks and codebooks at --init, in the place of those of `state`."""
+    init = Path(settings.init)
+    if not _is_run(settings.init):
+        return start(load_codec(settings.init).module, optimizer)
+    with open_checkpoints(init, 2) as checkpoints:
         latest = checkpoints.latest
     if latest is None:
-        raise UserError(f"--init {run}: it has no checkpoint yet")
-    theirs = Settings(**json.loads((run / "settings.json").read_text()))
+        raise UserError(f"--init {init}: it has no checkpoint yet")
+    theirs = Settings(**json.loads((init / "settings.json").read_text()))
     moments = jax.eval_shape(_optimizer(theirs).init, (state.encoder, state.decoder))
-    found = _restored(run, latest.step, state._replace(moments=moments))
+    found = _restored(init, latest.step, state._replace(moments=moments))
     return found._replace(moments=state.moments)
 
 
@@ -207,16 +242,21 @@ def _clips(settings: Settings, steps: range, workers: int) -> Iterator[tuple[np.
         for index in range(steps.start - AHEAD, steps.stop):
             for whole, _ in _cuts(settings, index + AHEAD) if index + AHEAD < steps.stop else ():
                 if whole not in made:
-                    made[whole] = pool.submit(make_clip, settings.seed, whole, PARTS * size / RATE)
+                    kind = _kind(settings, whole)
+                    made[whole] = pool.submit(make_clip, settings.seed, whole, PARTS * size / RATE, kind)
             if index < steps.start:
                 continue
             cuts = _cuts(settings, index)
             clips = [made[whole].result()[part * size :][:size] for whole, part in cuts]
-            importance = [counts.get(kind_of(settings.seed, whole), 1.0) for whole, _ in cuts]
+            importance = [counts.get(_kind(settings, whole), 1.0) for whole, _ in cuts]
             for whole, part in cuts:
                 if part == PARTS - 1:
                     del made[whole]
             yield np.stack(clips), np.array(importance, np.float32)
+
+
+def _kind(settings: Settings, whole: int) -> str:
+    return kind_of(settings.seed, whole, settings.shares)
 
 
 def _cuts(settings: Settings, index: int) -> list[tuple[int, int]]:

@@ -7,6 +7,7 @@ import numpy as np
 from l2m_jax.codec_losses import (
     Weights,
     all_losses,
+    clipping_loss,
     envelope_loss,
     harmonic_loss,
     peak_loss,
@@ -23,7 +24,8 @@ def test_each_weight_has_a_loss_that_is_nothing_between_a_sound_and_itself():
     sound = jnp.asarray(np.stack([make_clip(0, i, 0.3, "voice") for i in range(2)]))
     found = all_losses(sound, sound)
     assert tuple(found) == Weights._fields
-    assert max(found.values()) < 1e-5 < min(all_losses(sound, 1.3 * jnp.roll(sound, 90, 1)).values())
+    loud = 1.3 / jnp.abs(sound).max() * jnp.roll(sound, 90, 1)
+    assert max(found.values()) < 1e-5 < min(all_losses(sound, loud).values())
 
 
 def test_spectral_loss_hears_what_is_missing():
@@ -85,3 +87,12 @@ def test_peak_loss_hears_what_shoots_beyond():
     sound = jnp.asarray(make_clip(0, 3, 0.3, "voice"))[None]
     assert peak_loss(sound, sound) == peak_loss(sound, -0.9 * sound) == 0
     assert 0 < peak_loss(sound, sound.at[0, 2_000].set(2.0)) < peak_loss(sound, sound.at[0, 2_000].set(4.0))
+
+
+def test_clipping_loss_hears_single_samples_beyond_full_scale():
+    """As loudly in a long clip as in a short one, and not what stays below."""
+    sound = jnp.asarray(make_clip(0, 3, 0.3, "band"))[None]
+    assert clipping_loss(sound) == 0
+    shot = sound.at[0, 2_000].set(-1.45)
+    np.testing.assert_allclose(clipping_loss(shot), 0.5, rtol=1e-5)
+    np.testing.assert_allclose(clipping_loss(jnp.concatenate([shot, sound], 1)), 0.5, rtol=1e-5)

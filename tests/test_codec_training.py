@@ -1,5 +1,6 @@
 """Training the codec: k-means, moving averages, one step, and the whole script with a stop in the middle."""
 
+import dataclasses
 import functools
 import json
 import runpy
@@ -29,8 +30,9 @@ from l2m_jax.codec_training import (
 )
 from l2m_jax.config import UserError
 from l2m_jax.encodec import Encodec, EncodecConfig
+from l2m_jax.published import resolve
 from l2m_jax.sounds import kind_of, make_clip
-from l2m_jax.weights import load_codec
+from l2m_jax.weights import codec_tensors, load_codec
 
 run = jax.jit(run)  # op by op it takes seconds
 CONFIG = EncodecConfig(num_filters=2, hidden_size=8, num_lstm_layers=0, codebook_size=16, target_bandwidths=(0.6,))
@@ -115,7 +117,7 @@ def test_steps_learn(phase):
     optimizer = optax.adam(3e-3)
     state = start(Encodec(CONFIG, 2, nnx.Rngs(0)), optimizer)
     sound = jnp.asarray(np.stack([make_clip(0, i, 0.16, "drums") for i in range(2)]))
-    weights = Weights(1.0, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1)
+    weights = Weights(1.0, *7 * [0.1])
     step = jax.jit(functools.partial(train_step, optimizer=optimizer), static_argnames="phase")
     if phase == "decoder":  # what was learnt before would go on moving the encoder
         state, _ = step(state, sound, jnp.ones(2), jax.random.key(99), weights, phase="bound")
@@ -175,7 +177,7 @@ def test_the_script_begins_with_another_run(tmp_path):
     script = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "train_codec.py"))
     first, begun = tmp_path / "first", tmp_path / "begun"
     shape = {"batch": 2, "frames": 16, "filters": 2, "hidden": 8, "latents": 1200}
-    with pytest.raises(UserError, match="no run of this script"):
+    with pytest.raises(UserError, match="first"):  # neither a run nor a codec
         script["main"](begun, script["Settings"](init=str(first), steps=2, free_steps=0, decoder_steps=0, **shape))
     assert not begun.exists()  # nothing stands in the way of the command put right
     script["main"](first, script["Settings"](steps=3, free_steps=1, decoder_steps=1, **shape))
@@ -190,5 +192,16 @@ def test_the_script_begins_with_another_run(tmp_path):
     entries = [np.asarray(codec.codebooks[...]) for codec in (old, new)]
     apart = np.abs(entries[0] - entries[1]).max(-1)
     assert np.median(apart) < 0.01 < np.abs(entries[0]).mean() and apart.max() > 0
-    with pytest.raises(UserError, match="free where there is no --init"):
+    with pytest.raises(UserError, match="without --init, free and bound need one each"):
         script["Settings"](steps=2, free_steps=0, decoder_steps=0)
+    for init in (first, first / "codec"):
+        with pytest.raises(UserError, match="other shapes than this run: give --filters 2 --hidden 8 --lstm-layers 1"):
+            script["main"](tmp_path / "wide", dataclasses.replace(settings, init=str(init), filters=4))
+    assert not (tmp_path / "wide").exists()
+
+    # A codec whose decoder alone is trained keeps its codes to the bit.
+    script["main"](tmp_path / "decoder", dataclasses.replace(settings, init=str(first / "codec"), decoder_steps=1))
+    old, new = (codec_tensors(resolve(str(run / "codec"))[1]) for run in (first, tmp_path / "decoder"))
+    assert old.keys() == new.keys()
+    same = {name for name in old if np.array_equal(old[name], new[name])}
+    assert same >= {name for name in old if not name.startswith("decoder.")} and len(same) < len(old)
