@@ -27,7 +27,7 @@ from l2m_jax.weights import load_codec
 HELD_OUT = 987_654  # seed
 NOTES = (8, 12)
 MELODIES = ("solfege", "voice", "string", "fm", "analogue", "mixture")
-"""Kinds with one melody, or one that leads: what is called voiced in drums, noise, chords and bands has no one pitch."""
+"""Kinds with one melody, or one that leads. What looks voiced in drums, noise, chords and bands has no one pitch."""
 
 
 def main(codec: str = "solfege", songs: Path | None = None, minutes: float = 10) -> None:
