@@ -169,7 +169,7 @@ def test_the_script_goes_on_to_the_bit(tmp_path):
     assert (codec.codebooks, codec.entries, codec.config.num_lstm_layers) == (2, 1024, 1)
     with pytest.raises(UserError, match="parts holds a run with other settings"):
         script["main"](tmp_path / "parts", script["Settings"](steps=8, free_steps=2, decoder_steps=1))
-    with pytest.raises(UserError, match="bound needs one at least"):
+    with pytest.raises(UserError, match="free and bound need one each"):
         script["Settings"](steps=8)
 
 
@@ -180,7 +180,7 @@ def test_the_script_begins_with_another_run(tmp_path):
     with pytest.raises(UserError, match="first"):  # neither a run nor a codec
         script["main"](begun, script["Settings"](init=str(first), steps=2, free_steps=0, decoder_steps=0, **shape))
     assert not begun.exists()  # nothing stands in the way of the command put right
-    script["main"](first, script["Settings"](steps=3, free_steps=1, decoder_steps=1, **shape))
+    script["main"](first, script["Settings"](steps=2, free_steps=1, decoder_steps=0, **shape))
     # One step at no learning rate to speak of: networks as they were, and of the entries those that were not chosen.
     settings = script["Settings"](
         init=str(first), steps=1, free_steps=0, decoder_steps=0, bound_lr=1e-12, **shape | {"batch": 3}
