@@ -26,6 +26,7 @@ from l2m_jax.config import UserError
 from l2m_jax.encodec import Encodec, State
 from l2m_jax.published import SHIPPED
 from l2m_jax.segments import SCALE
+from l2m_jax.sounds import make_clip
 from l2m_jax.weights import load_codec, resolve
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "codec.npz")
@@ -103,6 +104,14 @@ def test_shipped_codec_keeps_the_tune(shipped):
     harmonic = np.abs((np.arange(len(power)) + 27) % 55 - 27) <= 4
     print(f"{power[harmonic].sum() / power.sum():.2f} of the power within 16 Hz of the note's harmonics")
     assert power[harmonic].sum() > 0.5 * power.sum() and len(np.unique(codes)) > 20
+
+
+@pytest.mark.parametrize("index", [0, 4, 8])
+def test_shipped_codec_stays_below_full_scale_where_sound_is_dense_and_loud(shipped, index):
+    band = make_clip(7, index, 2.0, "band")
+    heard = decode(shipped, encode(shipped, band))[: len(band)]
+    assert np.abs(heard).max() < 1
+    assert -3 < 10 * np.log10(np.mean(heard**2) / np.mean(band**2)) < 3  # dB: nor is it made quiet for that
 
 
 @pytest.mark.parametrize("samples", [1, 7, 8, 9, 55, 56, 57, 63, 160, 161, 333, 1_000])
