@@ -203,7 +203,10 @@ def _check_shapes(settings: Settings) -> None:
         theirs = Settings(**json.loads((Path(settings.init) / "settings.json").read_text()))
         shapes = (theirs.filters, theirs.hidden, theirs.lstm_layers)
     else:
-        config = load_codec(settings.init).config
+        try:
+            config = load_codec(settings.init).config
+        except UserError as error:
+            raise UserError(f"--init {settings.init}: no run of this script is there, and no codec: {error}") from None
         shapes = (config.num_filters, config.hidden_size, config.num_lstm_layers)
     if shapes != (settings.filters, settings.hidden, settings.lstm_layers):
         wanted = "--filters {} --hidden {} --lstm-layers {}".format(*shapes)

@@ -177,7 +177,7 @@ def test_the_script_begins_with_another_run(tmp_path):
     script = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "train_codec.py"))
     first, begun = tmp_path / "first", tmp_path / "begun"
     shape = {"batch": 2, "frames": 16, "filters": 2, "hidden": 8, "latents": 1200}
-    with pytest.raises(UserError, match="first"):  # neither a run nor a codec
+    with pytest.raises(UserError, match="no run of this script is there, and no codec"):
         script["main"](begun, script["Settings"](init=str(first), steps=2, free_steps=0, decoder_steps=0, **shape))
     assert not begun.exists()  # nothing stands in the way of the command put right
     script["main"](first, script["Settings"](steps=2, free_steps=1, decoder_steps=0, **shape))
