@@ -147,6 +147,10 @@ def test_songs_and_bands_count_more_in_the_codebooks():
                 made = make_clip(settings.seed, whole, parts * size / 24_000)
                 np.testing.assert_array_equal(clips[row], made[part * size :][:size])
     assert seen == {1.0, 2.0, 3.0}
+    bands = dataclasses.replace(settings, shares=(*9 * [0.0], 1.0))
+    clips, importance = next(script["_clips"](bands, range(1), workers=1))
+    np.testing.assert_array_equal(clips[0], make_clip(bands.seed, 0, parts * size / 24_000, "band")[:size])
+    assert set(importance) == {2.0}
 
 
 def test_the_script_goes_on_to_the_bit(tmp_path):

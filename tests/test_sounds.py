@@ -44,6 +44,8 @@ def test_kinds_are_drawn_as_often_as_said():
     assert set(kinds) <= set(KINDS) and 10 <= kinds.count("solfege") <= 26
     for i in range(4):
         np.testing.assert_array_equal(make_clip(0, i, 0.1), make_clip(0, i, 0.1, kinds[i]))
+    half = [kind_of(0, i, (0, 0.5, 0, 0, 0, 0, 0, 0, 0, 0.5)) for i in range(40)]
+    assert set(half) == {"voice", "band"} and 10 <= half.count("voice") <= 30
 
 
 @pytest.mark.parametrize("note", NOTES)
