@@ -55,7 +55,8 @@ def join(segments: list[Float[np.ndarray, "_ ..."]], config: EncodecConfig) -> F
     overlap later, for the caller to cut.
     """
     stride = config.segment_stride
-    length = stride * (len(segments) - 1) + len(segments[-1])
+    # Decoded, the one before the last may be whole frames longer than the song, and reach beyond the last one's end.
+    length = max(i * stride + len(segment) for i, segment in enumerate(segments))
     triangle = 0.5 - np.abs(np.linspace(0, 1, len(segments[0]) + 2, dtype=np.float32)[1:-1] - 0.5)
     total = np.zeros(length, np.float32)
     joined = np.zeros((length, *segments[0].shape[1:]), np.float32)

@@ -43,14 +43,46 @@ def test_long_files_are_read_whole(tmp_path):
     np.testing.assert_array_equal(read_audio(tmp_path / "a.wav", 24_000), noise)
 
 
-@pytest.mark.parametrize("kind", ["wav", "flac", "mp3"])
-def test_a_file_cut_short_is_an_error(tmp_path, kind):
+@pytest.mark.parametrize(("kind", "layout"), [
+    ("wav", None), ("wav", "WAVEX"), ("wav", "RF64"), ("flac", None), ("mp3", None), ("ogg", None),
+])  # fmt: skip
+def test_a_file_cut_short_is_an_error(tmp_path, kind, layout):
     path = tmp_path / f"a.{kind}"
     noise = np.random.default_rng(0).normal(0, 0.1, (120_000, 2))
-    soundfile.write(path, noise, 24_000)
+    soundfile.write(path, noise, 24_000, format=layout)
     assert len(read_audio(path, 24_000)) >= 120_000
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(UserError, match=rf"a\.{kind}: (cut short|corrupt)"):
+        read_audio(path, 24_000)
+
+
+@pytest.mark.parametrize("quiet_first", [True, False])
+def test_an_mp3_without_an_index_is_read_to_its_end(tmp_path, quiet_first):
+    """Where bit rates vary, the first one tells nothing of the length; nor does a picture in the tags before it."""
+    path, noise = tmp_path / "a.mp3", np.random.default_rng(0).normal(0, 0.2, 120_000)
+    sound = np.concatenate([np.zeros(120_000), noise][:: 1 if quiet_first else -1])
+    soundfile.write(path, sound, 24_000, bitrate_mode="VARIABLE", compression_level=0.3)
+    content = path.read_bytes()
+    index = content.index(b"Xing")
+    frame = content.index(content[:2], index)  # the index is a frame of its own
+    picture = b"ID3\x03\0\0" + bytes([0, 6, 0, 0]) + bytes(6 << 14)
+    path.write_bytes(picture + content[frame:])
+    assert abs(soundfile.info(path).duration - 10) > 1, "libsndfile knows by itself"
+    samples = read_audio(path, 24_000)
+    assert abs(len(samples) - 240_000) < 2 * 1152
+    halves = [float(np.std(half)) for half in (samples[20_000:100_000], samples[140_000:220_000])]
+    assert halves == pytest.approx([0, 0.2] if quiet_first else [0.2, 0], abs=0.02)
+
+
+def test_two_mp3_in_one_file_are_an_error(tmp_path):
+    """The first one's index says nothing of the other, which would be left out."""
+    path = tmp_path / "a.mp3"
+    soundfile.write(path, np.random.default_rng(0).normal(0, 0.1, 120_000), 24_000)
+    once = path.read_bytes()
+    path.write_bytes(once + b"TAG" + bytes(125))
+    assert len(read_audio(path, 24_000)) == 120_000
+    path.write_bytes(once + once)
+    with pytest.raises(UserError, match=r"a\.mp3: after the 5\.0 s that it says, about 5 s follow"):
         read_audio(path, 24_000)
 
 

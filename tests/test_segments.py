@@ -28,6 +28,16 @@ def test_joined_again_they_are_the_sound(samples, sides):
     np.testing.assert_allclose(join(cut(sound, CONFIG), CONFIG), sound, atol=1e-6)
 
 
+@pytest.mark.parametrize("frames", [1, 150, 151, 152, 299, 300, 301, 302, 451, 452])
+def test_whole_frames_are_joined(frames):
+    """As a decoder has them: segments of whole frames, for any number of frames of a song."""
+    hop, overlap = CONFIG.hop, CONFIG.segment - CONFIG.segment_stride
+    segments = segment_frames(frames, CONFIG)
+    joined = join([np.full((hop * n, 2), 0.5, np.float32) for n in segments], CONFIG)
+    np.testing.assert_allclose(joined, 0.5, atol=1e-6)
+    assert frames * hop - len(segments) * overlap <= len(joined) <= frames * hop
+
+
 def test_segments_fade_into_each_other():
     """From 1 to 3, over the 480 samples that they have in common, by equal steps."""
     joined = join([np.full(48_000, 1, np.float32), np.full(48_000, 3, np.float32)], CONFIG)
