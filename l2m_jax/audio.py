@@ -58,6 +58,11 @@ def read_audio(path: str | Path, rate: int, channels: int = 1) -> Float[np.ndarr
     return samples
 
 
+def to_mono(samples: Float[np.ndarray, "T ..."]) -> Float[np.ndarray, " T"]:
+    """The mean of the channels, of [T] or [T, 2]."""
+    return samples if samples.ndim == 1 else samples.mean(axis=1)
+
+
 def audio_seconds(path: str | Path) -> float:
     """Length in seconds as the file's header has it; UserError where it cannot be opened."""
     with _open(path) as file:

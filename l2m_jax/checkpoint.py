@@ -66,7 +66,12 @@ def read_run(run: Path) -> RunInfo:
 
 
 def prepare_run(run: Path, info: RunInfo, console: Console) -> None:
-    """Makes the run folder, or checks that what was begun there can go on with this config and dataset."""
+    """Makes the run folder, or checks that what was begun there can go on with this config and dataset.
+
+    UserError where it cannot, and where the run is an exported model: it has no optimizer to go on with.
+    """
+    if (run / WEIGHTS).exists():
+        raise UserError(f"{run} is an exported model and cannot be trained: name another folder with --run")
     if not (run / "config.json").exists():
         if run.is_dir() and any(run.iterdir()):
             raise UserError(f"{run} is not empty and not a run folder; name another with --run")
@@ -99,12 +104,7 @@ def prepare_run(run: Path, info: RunInfo, console: Console) -> None:
 
 
 def open_checkpoints(run: Path, keep: int) -> ocp.training.Checkpointer:
-    """The run's checkpoints; the newest `keep` are kept. Close it when done: saving is asynchronous.
-
-    UserError where the run is an exported model: it has no optimizer to go on with.
-    """
-    if (run / WEIGHTS).exists():
-        raise UserError(f"{run} is an exported model and cannot be trained: name another folder with --run")
+    """The run's checkpoints; the newest `keep` are kept. Close it when done: saving is asynchronous."""
     # Any: the policies do not name their arguments as Orbax's own protocols do.
     every: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)  # the trainer decides
     newest: Any = ocp.training.preservation_policies.LatestN(keep)
@@ -135,7 +135,11 @@ def restore(run: Path, step: int, shapes: dict[str, Any], shardings: dict[str, A
             _check_stored(folder / part, wanted)
         return ocp.load_checkpointables(str(folder), like)
     except Exception as error:  # Orbax raises all kinds, bare Exception among them
-        raise UserError(f"{folder} is damaged or of another model; delete it to use the checkpoint before") from error
+        reason = (str(error) or type(error).__name__).partition("\n")[0][:200]
+        raise UserError(
+            f"{folder} cannot be restored ({reason}); if it is damaged or of another model, delete it to use the "
+            "checkpoint before"
+        ) from error
 
 
 def _check_stored(part: Path, wanted: Any) -> None:

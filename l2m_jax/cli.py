@@ -6,12 +6,14 @@ Exit status: 0 done; 1 done, but something was left out; 2 a mistake in the comm
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import itertools
 import os
 import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -52,12 +54,18 @@ def load_preset(name: str) -> Config:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command and leaves the process with its exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    with answering("l2m"):
+        sys.exit(parse(sys.argv[1:] if arguments is None else arguments).run())
+
+
+@contextlib.contextmanager
+def answering(name: str) -> Iterator[None]:
+    """Where a user's mistake, or a signal, ends the process: in a line, after `name`, with its exit status."""
     try:
-        command = parse(arguments)
-        status = command.run()
+        yield
+        return
     except UserError as error:
-        print(f"l2m: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         status = 130
@@ -65,9 +73,9 @@ def main(arguments: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
             raise
-        print(f"l2m: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         status = 2
     sys.exit(status)
 

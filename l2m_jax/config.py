@@ -200,6 +200,8 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"train.{name} is {getattr(self, name)}; allowed: 0 and above, below 1")
+        if not 0 < self.sample_seconds < math.inf:
+            raise UserError(f"train.sample_seconds is {self.sample_seconds}; allowed: above 0")
         if not self.clip > 0:
             raise UserError(f"train.clip is {self.clip}; allowed: above 0")
         if not (min(self.dropout) >= 0 and sum(self.dropout) <= 1):
@@ -278,7 +280,8 @@ class EvaluateConfig:
             raise UserError(f"only names no part; possible are {', '.join(typing.get_args(Part))}")
         for name, least in (("songs", 1), ("batch", 1), ("pictures", 0)):
             _at_least(name, getattr(self, name), least)
-        check_seed("seed", self.seed + self.songs)
+        check_seed("seed", self.seed)
+        check_seed("the seed of the last song", self.seed + self.songs - 1)
 
 
 def check_seed(name: str, seed: int) -> None:

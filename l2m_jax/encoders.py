@@ -17,6 +17,7 @@ from l2m_jax.config import TEXT_LAYER
 from l2m_jax.data import VERSION, MadeWith
 from l2m_jax.lyrics import TextEncoder
 from l2m_jax.originals import TorchCodec, load_torch_codec, load_torch_text_encoder
+from l2m_jax.published import SHIPPED
 from l2m_jax.weights import load_codec, load_text_encoder
 
 Backend = Literal["jax", "torch"]
@@ -49,7 +50,8 @@ def signature(encoders: Encoders, codec: Codec | TorchCodec, encoder: TextEncode
     """What records made by these carry."""
 
     def place(name: str) -> str:
-        return str(Path(name).resolve()) if Path(name).exists() else name
+        packaged = name in (*SHIPPED, "minilm")  # whatever is called so here
+        return str(Path(name).resolve()) if Path(name).exists() and not packaged else name
 
     return MadeWith(
         version=VERSION,

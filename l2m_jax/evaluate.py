@@ -18,7 +18,7 @@ from l2m_jax.align import Reading, align_song, alignment_errors, choose_heads, t
 from l2m_jax.bootstrap import estimate
 from l2m_jax.checkpoint import load_model
 from l2m_jax.config import EvaluateConfig, UserError
-from l2m_jax.data import Dataset, read_manifest
+from l2m_jax.data import Dataset
 from l2m_jax.heard import Recogniser
 from l2m_jax.likelihood import measure, summarise
 from l2m_jax.listening import evaluate_songs, spread
@@ -154,9 +154,9 @@ def _alignment(
     else:
         choosing, chosen_on, chosen = valid, str(valid.folder), spread(_timed(valid), CHOOSING)
     if not len(songs) or (reading is None and not len(chosen)):
-        note = f"none: songs with word times (words.csv) are needed, of {chosen_on} too"
+        note = "none: songs with word times (words.csv) are needed" + ("" if reading else f", of {chosen_on} too")
         say(console, f"alignment: {note}")
-        return {"note": note}, None
+        return {"note": note}, reading
     with Bar(console, "word starts", len(songs), "songs") as bar:
         chosen_errors = None
         if reading is None:
@@ -190,7 +190,7 @@ def _alignment(
 
 def _timed(dataset: Dataset) -> np.ndarray:
     """Indices of the songs with word times."""
-    return np.flatnonzero([line["words_timed"] > 0 for line in read_manifest(dataset.folder)])
+    return np.flatnonzero(dataset.words_timed())
 
 
 def _errors(found: Sequence[Float[np.ndarray, " _"]], truth: Sequence[Float[np.ndarray, " _"]]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from l2m_jax.audio import pcm16, wav_header, write_wav
+from l2m_jax.audio import pcm16, to_mono, wav_header, write_wav
 from l2m_jax.codec import decode
 from l2m_jax.compiled import compiling
 from l2m_jax.config import UserError
@@ -91,14 +91,13 @@ def sing_variations(singer: Singer, request: Request, count: int, batch: int, ou
     say(console, "rank  nats per code        seed  seconds  song")
     sounds = {}
     for rank, song in enumerate(songs, 1):
-        path = out.with_name(f"{out.stem}_{rank}.wav")
+        path = variation(out, rank)
         song.about["rank"] = rank
         song.save(path)
         seed, nats = song.about["request"]["seed"], f"{song.about['nats_per_code']:.4f}"
         end = song.about["cut"] or "ended by itself"
         say(console, f"{rank:4}  {nats:>13}  {seed:10}  {song.seconds:7.1f}  {path} ({end})")
-        mono = song.samples if song.samples.ndim == 1 else song.samples.mean(axis=1)
-        sounds[f"{rank}: {path.name}, seed {seed}, {nats} nats per code"] = mono
+        sounds[f"{rank}: {path.name}, seed {seed}, {nats} nats per code"] = to_mono(song.samples)
     draw_spectrograms(out.with_suffix(".png"), sounds, singer.codec.rate, columns=min(-(-count // 6), 4))
     say(console, f"{_speed(songs, took)}; all in one picture: {out.with_suffix('.png')}")
 
@@ -127,6 +126,7 @@ def sing_requests(singer: Singer, path: Path, defaults: Request, batch: int, out
             ready: list[tuple[Line, Task]] = []
             for line, request in (todo[i] for i in together):
                 try:
+                    check_output(out / f"{line.name}.wav", request.prompt)
                     ready.append((line, make_task(singer, request)))
                 except UserError as error:
                     failed += _fail(out, path, line, error, console)
@@ -147,6 +147,11 @@ def sing_requests(singer: Singer, path: Path, defaults: Request, batch: int, out
     stopped = f"; stopped by {stop.by}, the same command goes on from there" if stop.by else ""
     say(console, f"{before + new} songs of {len(lines)} in {out} ({new} new, {failed} failed){stopped}")
     return failed
+
+
+def variation(out: Path, rank: int) -> Path:
+    """OUT_1.wav, OUT_2.wav, ..."""
+    return out.with_name(f"{out.stem}_{rank}.wav")
 
 
 def _progress(bar: Bar, done: int, songs: int) -> Callable[[float], None]:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from l2m_jax.audio import write_wav
+from l2m_jax.audio import to_mono, write_wav
 from l2m_jax.codec import decode
 from l2m_jax.config import UserError
 from l2m_jax.data import Dataset, MadeWith, Record, read_manifest
@@ -119,8 +119,7 @@ def draw_record(record: Record, made: MadeWith, out: Path, codec_name: str = "")
     words = parse_lyrics(record.lyrics).words
     times = [Label(word, float(row[0]), float(row[1])) for word, row in zip(words, record.word_times)]
     rows: dict[str, Sequence[Label]] = {"words": times} if times else {}
-    mono = samples if samples.ndim == 1 else samples.mean(axis=1)
-    draw_song(png, mono, codec.rate, record.lyrics, rows, f"{record.song}, from its codes")
+    draw_song(png, to_mono(samples), codec.rate, record.lyrics, rows, f"{record.song}, from its codes")
     return [wav, png]
 
 

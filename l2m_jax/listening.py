@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from rich.console import Console
 
 from l2m_jax.align import Reading, align_song, alignment_errors, teacher
-from l2m_jax.audio import read_audio, write_atomic
+from l2m_jax.audio import read_audio, to_mono, write_atomic
 from l2m_jax.bootstrap import share
 from l2m_jax.codec import decode
 from l2m_jax.config import EvaluateConfig, UserError
@@ -99,7 +99,7 @@ def evaluate_songs(
             samples = read_audio(file, singer.codec.rate) if len(codes) else np.zeros(1, np.float32)
             generated.append(_hear(samples, singer, one, solfege, recogniser))
             # As far as the model's window goes, which no song that it sings leaves.
-            true = _mono(decode(singer.codec, one.record.codes[: singer.layout.frames]))
+            true = to_mono(decode(singer.codec, one.record.codes[: singer.layout.frames]))
             ceiling.append(_hear(true, singer, one, solfege, recogniser))
             ended.append(bool(json.loads(file.with_suffix(".json").read_text("utf-8"))["ended_by_itself"]))
             starts.append(_word_starts(singer, one, codes, reading) if solfege and reading and len(codes) else None)
@@ -162,7 +162,7 @@ def _hear_reference(reference: Dataset | list[Song], dataset: Dataset, singer: S
         for i in chosen:
             song = reference[int(i)]
             if isinstance(song, Record):
-                samples = _mono(decode(singer.codec, song.codes))
+                samples = to_mono(decode(singer.codec, song.codes))
             else:
                 samples = read_audio(song.audio, rate)
             found.append((normalise_genre(song.genre), song_features(samples, rate), window_features(samples, rate)))
@@ -176,10 +176,6 @@ def _hear_reference(reference: Dataset | list[Song], dataset: Dataset, singer: S
     else:
         name, own = f"those of {dataset.folder}, each without itself", chosen.tolist()
     return Known(name, own, list(genres), np.stack(features), list(windows))
-
-
-def _mono(samples: Float[np.ndarray, "T ..."]) -> Float[np.ndarray, " T"]:
-    return samples.reshape(len(samples), -1).mean(1)
 
 
 def _hear(

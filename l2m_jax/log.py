@@ -14,6 +14,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue] - generated code
 from tensorboardX.summary import audio, image, scalar
 
+from l2m_jax.audio import write_atomic
 from l2m_jax.progress import Bar
 
 
@@ -22,11 +23,11 @@ class Log:
 
     def __init__(self, run: Path, step: int, steps: int, every: int, console: Console):
         path = run / "metrics.jsonl"
-        kept = []
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < step]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        before = path.read_text(encoding="utf-8") if path.exists() else ""
+        lines = before.splitlines()
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < step]
+        if (after := "".join(line + "\n" for line in kept)) != before:
+            write_atomic(path, after.encode())
         self._file = path.open("a", encoding="utf-8")
         (run / "tensorboard").mkdir(exist_ok=True)
         # Not SummaryWriter: its thread dies of a full disk, and the training then waits for it for ever.
@@ -47,9 +48,9 @@ class Log:
                 self._show(step, summary=scalar(name, value))
             self._board.flush()
 
-    def audio(self, step: int, samples: np.ndarray, rate: int) -> None:
-        """A sample song in TensorBoard."""
-        self._show(step, summary=audio("sample", np.clip(samples, -1, 1)[:, None], rate))
+    def audio(self, step: int, samples: Float[np.ndarray, "T ..."], rate: int) -> None:
+        """A sample song in TensorBoard: [T] or, of a stereo codec, [T, 2]."""
+        self._show(step, summary=audio("sample", np.clip(samples, -1, 1), rate))
 
     def image(self, step: int, looks: Float[np.ndarray, "R F"]) -> None:
         """In TensorBoard: rows of the lyrics against frames, white where the best head looks; at most 1,024 wide."""

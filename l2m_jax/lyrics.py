@@ -124,17 +124,6 @@ def plain_tokenizer(tokenizer: Tokenizer, where: str) -> Tokenizer:
     return tokenizer
 
 
-def read_lyrics(path: str | Path) -> Lyrics:
-    """Lyrics of a UTF-8 text file. Raises UserError, with the path, where it is unreadable, not UTF-8, or empty."""
-    try:
-        text = Path(path).read_bytes().decode("utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
-    return parse_lyrics(text, str(path))
-
-
 def parse_lyrics(text: str, where: str = "lyrics") -> Lyrics:
     """Words and sections of `text`; `where` names it in messages.
 

@@ -1,6 +1,6 @@
 """The SoundTransformer: next-code logits from the codes before and every word of the lyrics. Only mathematics.
 
-After `attention`, before `sharding`. With a the residual scale and M the memory:
+After `attention`, before `follow`. With a the residual scale and M the memory:
 
     x = LN(a x + SelfAttention(x));   x = LN(a x + CrossAttention(x, M));   x = LN(a x + MLP(x))
 

@@ -1,4 +1,4 @@
-"""Pictures of songs, for people who would rather look than read. After `generate`; matplotlib is imported when used."""
+"""Pictures of songs, for people who would rather look than read. Before `generate`; imports matplotlib when used."""
 
 from __future__ import annotations
 
@@ -165,6 +165,7 @@ def _pyplot() -> Any:
 
 def _save(plt: Any, figure: Any, path: Path) -> None:
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing")  # emoji: a box is drawn, which says as much
             figure.savefig(path, dpi=110, bbox_inches="tight")

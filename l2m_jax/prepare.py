@@ -33,7 +33,7 @@ from l2m_jax.encoders import Encoders, encode_sounds, signature, together
 from l2m_jax.lyrics import TextEncoder, encode_genre, encode_text, parse_lyrics, split_pieces, unknown_warning
 from l2m_jax.originals import TorchCodec
 from l2m_jax.progress import Bar, say
-from l2m_jax.songs import AUDIO, BadSong, Song, read_song, song_folders, song_id
+from l2m_jax.songs import AUDIO, BadSong, Song, check_times, read_song, song_folders, song_id
 
 WARNINGS = 20
 """Warnings that are printed; report.json has all of them."""
@@ -120,7 +120,9 @@ def prepare_songs(folders: Sequence[Path], shop: Workshop) -> list[Outcome]:
             unknown = unknown_warning(shop.encoder, split_pieces(shop.encoder, parsed), f"{name}/lyrics.txt")
             new = not _is_done(path, source, shop.made_with)
             if new:
-                sounds.append(read_audio(song.audio, shop.codec.rate, shop.codec.channels))
+                sound = read_audio(song.audio, shop.codec.rate, shop.codec.channels)
+                check_times(song, len(sound) / shop.codec.rate)
+                sounds.append(sound)
                 songs.append(song)
             outcomes.append(Outcome(name, source, new, warnings=(*parsed.warnings, *unknown)))
         except UserError as error:

@@ -23,7 +23,8 @@ def save_codec(
     """Writes config.json and model.safetensors (float16, lengths float32) as `transformers.EncodecModel` names them.
 
     An LSTM that is not there is stored as one layer of zeros, which on its residual is exactly none: the published
-    layout knows no model without. Tensors of these names in `kept` are written in the place of those of `module`.
+    layout knows no model without. Tensors of these names in `kept` are written in the place of those of `module`,
+    in float32 where float16 would round them.
     ValueError for a codec with group norms, whose gains this does not write.
     """
     if config.norm_type != "weight_norm":
@@ -41,7 +42,9 @@ def save_codec(
     tensors |= {name: array for name, array in (kept or {}).items() if name in tensors}
     folder.mkdir(parents=True, exist_ok=True)
     # Lengths of weights may lie beyond float16's 65,504: a decoder that expects latents of RMS 1 has such.
-    kinds = {name: np.float32 if name.endswith("original0") else np.float16 for name in tensors}
+    wide = {name for name in tensors if name.endswith("original0")}
+    wide |= {name for name, array in (kept or {}).items() if not np.array_equal(array.astype(np.float16), array)}
+    kinds = {name: np.float32 if name in wide else np.float16 for name in tensors}
     stored = {name: np.ascontiguousarray(array, kinds[name]) for name, array in tensors.items()}
     write_atomic(folder / "model.safetensors", save(stored, metadata={"format": "pt"}))
     published = dataclasses.asdict(config) | {

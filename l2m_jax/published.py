@@ -44,11 +44,13 @@ class Rule(NamedTuple):
 def resolve(name: str) -> tuple[str, Path]:
     """Finds a model: (short name, its folder, or its file).
 
-    `name` is a folder with config.json and *.safetensors, the name of a model in the package (`SHIPPED`), a checkpoint
-    of Meta's (`encodec_24khz-d7cc33bc.th`, or a folder that holds nothing else), or a hub id such as
-    `facebook/encodec_24khz`, which is downloaded once. UserError if there is no such model, or no network to get it
-    with.
+    `name` is the name of a model in the package (`SHIPPED`; a folder of that name is ./solfege), a folder with
+    config.json and *.safetensors, a checkpoint of Meta's (`encodec_24khz-d7cc33bc.th`, or a folder that holds nothing
+    else), or a hub id such as `facebook/encodec_24khz`, which is downloaded once. UserError if there is no such model,
+    or no network to get it with.
     """
+    if name in SHIPPED:
+        return name, Path(str(importlib.resources.files("l2m_jax"))) / "assets" / SHIPPED[name]
     path = Path(name)
     if path.is_dir() and not any(path.glob("*.safetensors")) and len(files := sorted(path.glob("*.th"))) == 1:
         path = files[0]
@@ -56,8 +58,6 @@ def resolve(name: str) -> tuple[str, Path]:
         return path.resolve().name, path
     if path.is_file() and path.suffix == ".th":
         return path.stem.split("-")[0], path
-    if name in SHIPPED:
-        return name, Path(str(importlib.resources.files("l2m_jax"))) / "assets" / SHIPPED[name]
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or path.suffix == ".th":
         raise UserError(
             f"{name}: no such model; possible are {', '.join(SHIPPED)} (in the package), a folder with config.json and"

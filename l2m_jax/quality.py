@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from l2m_jax.audio import to_mono
 from l2m_jax.codec import Codec, decode, encode_scaled
 
 WINDOW, HOP, BANDS = 2048, 512, 80
@@ -63,7 +64,7 @@ def measure(
     encoded = encode_scaled(codec, samples)
     heard = decode(codec, encoded.codes, scales=encoded.scales)[: len(samples)]
     took = time.perf_counter() - began
-    mono, mono_heard = (x.reshape(len(x), -1).mean(1) for x in (samples, heard))
+    mono, mono_heard = map(to_mono, (samples, heard))
     counts = [np.bincount(book, minlength=codec.entries) for book in encoded.codes.T]
     cents, voiced = pitch_errors(mono, mono_heard, codec.rate)
     seconds = len(samples) / codec.rate

@@ -40,13 +40,13 @@ def write_report(out: Path, figures: dict[str, Any], console: Console | None = N
     console = console or Console()
     kept = _kept(out, figures)
     figures = figures | kept
-    write_json(out / "evaluation.json", plain(figures))
     tables, plots = tabulate(figures), _draw(out, figures)
     text = [f"# {figures['run']}, step {figures['step']}", f"{figures['songs']} songs of {figures['data']}."]
     text += [f"**Warning**: {warning}." for warning in figures["warnings"]]
     text += [part for table in tables for part in (f"## {table.title}", _markdown(table), table.protocol) if part]
     text += [f"![{name}]({name})" for name in plots]
     write_atomic(out / "evaluation.md", ("\n\n".join(text) + "\n").encode())
+    write_json(out / "evaluation.json", plain(figures))  # last: what says its step stands beside a text of that step
     for table in tables:
         say(console, table.title)
         shown = RichTable(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))

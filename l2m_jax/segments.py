@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float
 
+from l2m_jax.audio import to_mono
 from l2m_jax.encodec import EncodecConfig
 
 SCALE = 0.1
@@ -30,8 +31,7 @@ def segment_lengths(samples: int, config: EncodecConfig) -> list[int]:
 
 def loudness(segment: Float[np.ndarray, "T ..."]) -> float:
     """Root mean square of the channels' mean: the scale that a segment is divided by, and its sound multiplied with."""
-    mono = segment.reshape(len(segment), -1).mean(axis=1)
-    return float(np.sqrt(np.mean(mono**2)) + 1e-8)
+    return float(np.sqrt(np.mean(to_mono(segment) ** 2)) + 1e-8)
 
 
 def segment_frames(frames: int, config: EncodecConfig) -> list[int]:

@@ -82,13 +82,14 @@ def export(run: Path, out: Path, step: int | None = None, licence: str = "unknow
 
 
 def _card(run: Path, name: str, info: RunInfo, step: int, parameters: int, size: int, licence: str) -> str:
-    evaluated, evaluation = run / "evaluation" / "evaluation", "None: `l2m evaluate` makes one."
-    if evaluated.with_suffix(".json").is_file():
-        of = json.loads(evaluated.with_suffix(".json").read_text("utf-8"))["step"]
-        if of == step:
-            evaluation = _inside(evaluated.with_suffix(".md").read_text("utf-8"))
-        else:
-            evaluation = f"None: the one in {run.name}/evaluation is of step {of}."
+    evaluated = run / "evaluation"
+    try:
+        of = json.loads((evaluated / "evaluation.json").read_text("utf-8"))["step"]
+        evaluation = _inside((evaluated / "evaluation.md").read_text("utf-8"))
+    except (OSError, ValueError, KeyError, TypeError):
+        evaluation = "None: `l2m evaluate` makes one."
+    else:
+        evaluation = evaluation if of == step else f"None: the one in {run.name}/evaluation is of step {of}."
     model, train = info.config.model, info.config.train
     return CARD.format(
         name=name, genre=shlex.quote(info.genres[0] if info.genres else ""), genres=", ".join(info.genres) or "none",

@@ -18,6 +18,7 @@ import numpy as np
 import soundfile
 from jaxtyping import Float
 
+from l2m_jax.audio import write_atomic
 from l2m_jax.config import UserError
 
 SYLLABLES = ("do", "re", "mi", "fa", "sol", "la", "si")
@@ -179,8 +180,7 @@ def make_solfege(
             what = f"another corpus, {there}" if manifest.is_file() else "something else"
             raise UserError(f"{out} already holds {what}: choose an empty folder, or the settings of that corpus")
     random_lyrics(np.random.default_rng(0), *notes, sections > 0)  # refuses impossible notes before anything is written
-    out.mkdir(parents=True, exist_ok=True)
-    manifest.write_text(json.dumps(recipe), "utf-8")
+    write_atomic(manifest, json.dumps(recipe).encode())
 
     written = 0
     for index in range(1, songs + 1):

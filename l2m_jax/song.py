@@ -73,13 +73,18 @@ class Song:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def check_output(out: Path) -> None:
-    """UserError where `out` is no .wav, or it or its folder cannot be written; before the long work, not after."""
+def check_output(out: Path, prompt: str | None = None) -> None:
+    """UserError where `out` is no .wav, or it or its folder cannot be written; before the long work, not after.
+
+    Also where the song would take the place of the `prompt` that it goes on from.
+    """
     if out.suffix.lower() != ".wav":
         raise UserError(f"{out}: the output must end in .wav")
     for file in _files(out):
         if file.is_dir():
             raise UserError(f"{file} is a folder: name another output")
+        if prompt is not None and file.resolve() == Path(prompt).resolve():
+            raise UserError(f"{file} is the prompt, and would be overwritten: name another output")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         probe = out.parent / f".{out.name}.{os.getpid()}"

@@ -123,8 +123,10 @@ def _word_times(text: str, words: tuple[str, ...]) -> Float[np.ndarray, "W 3"]:
             start, end, line_end = (float(cell) for cell in line.split(","))
         except ValueError:
             raise UserError(f"words.csv, line {number}: {line[:60]!r} is not three numbers ({COLUMNS})") from None
-        if not (0 <= start <= end < np.inf) or line_end < 0 or line_end == np.inf:
+        if not 0 <= start <= end < np.inf:
             raise UserError(f"words.csv, line {number}: {line[:60]!r} is not 0 <= word_start <= word_end, in seconds")
+        if line_end < 0 or line_end == np.inf:
+            raise UserError(f"words.csv, line {number}: line_end is {line_end}; allowed: seconds, or nan within a line")
         if rows and start < rows[-1][0]:
             raise UserError(f"words.csv, line {number}: word_start {start} is before {rows[-1][0]} of the line above")
         rows.append((start, end, line_end))
@@ -134,6 +136,16 @@ def _word_times(text: str, words: tuple[str, ...]) -> Float[np.ndarray, "W 3"]:
             f"words.csv has {len(rows)} rows, lyrics.txt {len(words)} words ({first!r} ...); a row per word is needed"
         )
     return np.asarray(rows, np.float32).reshape(-1, 3)
+
+
+def check_times(song: Song, seconds: float) -> None:
+    """UserError where a word begins after the song's end: times may be of another file, or in milliseconds."""
+    starts = np.zeros(0) if song.word_times is None else song.word_times[:, 0]
+    if (late := np.flatnonzero(starts > seconds)).size:
+        raise UserError(
+            f"words.csv, line {late[0] + 2}: word_start {starts[late[0]]:g} is after the sound's end at "
+            f"{seconds:.1f} s; times are in seconds"
+        )
 
 
 def _read_text(path: Path) -> str:

@@ -24,6 +24,7 @@ import numpy as np
 import psutil
 import tyro
 
+from l2m_jax.cli import answering
 from l2m_jax.solfege import make_solfege
 
 EARLY = 200  # songs, after which everything that is compiled has been
@@ -86,4 +87,5 @@ def main(job: Job) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Job))
+    with answering("bench_prepare"):
+        main(tyro.cli(Job))

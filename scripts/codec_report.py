@@ -16,6 +16,7 @@ import numpy as np
 import tyro
 
 from l2m_jax.audio import read_audio
+from l2m_jax.cli import answering
 from l2m_jax.codec import Codec
 from l2m_jax.notes import HOP, track_voice
 from l2m_jax.quality import Quality, measure
@@ -32,7 +33,7 @@ MELODIES = ("solfege", "voice", "string", "fm", "analogue", "mixture")
 
 def main(codec: str = "solfege", songs: Path | None = None, minutes: float = 10) -> None:
     """Prints the table."""
-    loaded = load_codec(codec)
+    loaded, real = load_codec(codec), scan_songs(songs)[0] if songs else []
     figures: dict[str, Any] = {"codec": loaded.name, "fingerprint": loaded.fingerprint}
     print(
         "| sound | mel distance | SI-SDR dB | median cents | within 50 cents | entries used | level dB | peak | rtf |"
@@ -70,7 +71,7 @@ def main(codec: str = "solfege", songs: Path | None = None, minutes: float = 10)
     melodies = [clip for kind, clip in drawn if kind in MELODIES]
     note(f"of these {len(melodies)} of one melody", "melodies", melodies)
 
-    for song in scan_songs(songs)[0] if songs else []:
+    for song in real:
         whole = measure(loaded, read_audio(song.audio, loaded.rate))
         note(f"{song.id}, {whole[0].seconds:.0f} s", song.id, [whole])
     print(json.dumps(figures))
@@ -127,4 +128,5 @@ def _row(name: str, x: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    with answering("codec_report"):
+        tyro.cli(main)

@@ -22,9 +22,11 @@ from rich.console import Console
 
 from l2m_jax.audio import read_audio, write_wav
 from l2m_jax.checkpoint import load_model
+from l2m_jax.cli import answering
 from l2m_jax.codec import decode
 from l2m_jax.config import Config, ModelConfig, SampleConfig, TrainConfig
 from l2m_jax.data import Dataset, make_example
+from l2m_jax.lyrics import parse_lyrics
 from l2m_jax.model import Prompt
 from l2m_jax.picture import draw_spectrograms
 from l2m_jax.prepare import prepare
@@ -63,7 +65,7 @@ def cut(songs_folder: Path, folder: Path, starts: dict[str, float], seconds: flo
     for name, start in starts.items():
         song = songs[name]
         samples = read_audio(song.audio, 24_000)[round(start * 24_000) : round((start + seconds) * 24_000)]
-        words = song.lyrics.split()
+        words = parse_lyrics(song.lyrics).words  # which times are of, unlike section tags
         if song.word_times is not None:
             inside = (song.word_times[:, 1] > start) & (song.word_times[:, 0] < start + seconds)
             words = [word for word, keep in zip(words, inside) if keep]
@@ -125,4 +127,5 @@ def main(job: Overfit) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Overfit))
+    with answering("overfit"):
+        main(tyro.cli(Overfit))

@@ -23,6 +23,7 @@ from overfit import cut
 from rich.console import Console
 
 from l2m_jax.checkpoint import load_model, open_checkpoints
+from l2m_jax.cli import answering
 from l2m_jax.config import Config, ModelConfig, SampleConfig, TrainConfig
 from l2m_jax.data import Dataset, Record, make_example
 from l2m_jax.model import SoundTransformer, prompt_of
@@ -168,4 +169,5 @@ def _write(job: Lengths, report: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Lengths))
+    with answering("overfit_length"):
+        main(tyro.cli(Lengths))

@@ -18,6 +18,7 @@ import numpy as np
 import tyro
 from jaxtyping import Float, Int
 
+from l2m_jax.cli import answering
 from l2m_jax.lyrics import TextEncoder, encode_text, parse_lyrics
 from l2m_jax.songs import scan_songs
 from l2m_jax.weights import load_text_encoder
@@ -115,4 +116,5 @@ def main(job: Job) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Job))
+    with answering("probe_layers"):
+        main(tyro.cli(Job))

@@ -3,7 +3,7 @@
 # Every step can be stopped and started again: it goes on where it was.
 #   bash scripts/solfege_benchmark.sh OUT [delay|flatten]
 # Sizes, for a trial: SONGS of training, HELD_OUT songs each of validation and test; further flags in TRAIN and EVALUATE.
-# The model that comes with the package is OUT/delay/model.
+# The model that comes with the package is OUT/delay/model of such a run, with the TRAIN that its card names.
 set -euo pipefail
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}  # large pages, on Linux: steps are quicker
 out=${1:?"usage: solfege_benchmark.sh OUT [delay|flatten]"}

@@ -17,7 +17,6 @@ import functools
 import itertools
 import json
 import multiprocessing
-import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
@@ -32,6 +31,7 @@ from flax import nnx
 from rich.console import Console
 
 from l2m_jax.checkpoint import open_checkpoints, restore, saving
+from l2m_jax.cli import answering
 from l2m_jax.codec_losses import Weights
 from l2m_jax.codec_training import CodecState, Phase, finished, first_codebooks, quantize, run, start, train_step
 from l2m_jax.config import UserError
@@ -101,6 +101,16 @@ class Settings:
             raise UserError(f"--shares {self.shares}: give one for each of {', '.join(KINDS)}, with a sum of 1")
 
     @property
+    def config(self) -> EncodecConfig:
+        """Of the codec."""
+        return EncodecConfig(
+            num_filters=self.filters,
+            hidden_size=self.hidden,
+            num_lstm_layers=self.lstm_layers,
+            target_bandwidths=(1.5,),
+        )
+
+    @property
     def phases(self) -> dict[Phase, int]:
         """Steps of each."""
         bound = self.steps - self.free_steps - self.decoder_steps
@@ -115,12 +125,7 @@ def main(
 ) -> None:
     """Trains, or goes on training, the codec in OUT; `workers` processes make its sound, which is the same with any."""
     console = Console()
-    config = EncodecConfig(
-        num_filters=settings.filters,
-        hidden_size=settings.hidden,
-        num_lstm_layers=settings.lstm_layers,
-        target_bandwidths=(1.5,),
-    )
+    config = settings.config
     stored = out / "settings.json"
     if settings.init and not stored.exists():
         _check_shapes(settings)
@@ -200,16 +205,19 @@ def _is_run(init: str) -> bool:
 def _check_shapes(settings: Settings) -> None:
     """UserError where nothing is at --init, or it has other shapes."""
     if _is_run(settings.init):
-        theirs = Settings(**json.loads((Path(settings.init) / "settings.json").read_text()))
-        shapes = (theirs.filters, theirs.hidden, theirs.lstm_layers)
+        found = Settings(**json.loads((Path(settings.init) / "settings.json").read_text())).config
     else:
         try:
-            config = load_codec(settings.init).config
+            found = load_codec(settings.init).config
         except UserError as error:
             raise UserError(f"--init {settings.init}: no run of this script is there, and no codec: {error}") from None
-        shapes = (config.num_filters, config.hidden_size, config.num_lstm_layers)
-    if shapes != (settings.filters, settings.hidden, settings.lstm_layers):
-        wanted = "--filters {} --hidden {} --lstm-layers {}".format(*shapes)
+    theirs, ours = (dataclasses.asdict(config) for config in (found, settings.config))
+    flags = {"num_filters": "--filters", "hidden_size": "--hidden", "num_lstm_layers": "--lstm-layers"}
+    apart = [name for name in ours if ours[name] != theirs[name] and name != "target_bandwidths"]
+    if others := [f"{name} {theirs[name]}, not {ours[name]}" for name in apart if name not in flags]:
+        raise UserError(f"--init {settings.init}: no codec of the kind that this script trains: {'; '.join(others)}")
+    if apart:
+        wanted = " ".join(f"{flag} {theirs[name]}" for name, flag in flags.items())
         raise UserError(f"--init {settings.init} has other shapes than this run: give {wanted}")
 
 
@@ -299,7 +307,5 @@ def _listen(state: CodecState, settings: Settings, quantized: bool) -> np.ndarra
 
 
 if __name__ == "__main__":
-    try:
+    with answering("train_codec"):
         tyro.cli(main)
-    except UserError as error:
-        sys.exit(f"train_codec: {error}")

@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> None:
     try:
         l2m(["prepare", songs, f"{run}/data"])
     except SystemExit as status:
-        if status.code == 2:
+        if status.code not in (0, 1):  # 1: songs were left out
             raise
     l2m(["train", "--data", f"{run}/data", "--run", f"{run}/run", *rest])
 

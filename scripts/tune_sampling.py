@@ -20,6 +20,7 @@ import jax
 import numpy as np
 import tyro
 
+from l2m_jax.cli import answering
 from l2m_jax.codec import decode
 from l2m_jax.config import SampleConfig
 from l2m_jax.notes import note_accuracy, track_notes
@@ -95,4 +96,5 @@ def main(job: Tune) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Tune))
+    with answering("tune_sampling"):
+        main(tyro.cli(Tune))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import CONFIG, MADE_WITH, changed
 from flax import nnx
+from orbax.checkpoint import v1 as ocp
 from rich.console import Console
 
 from l2m_jax.checkpoint import RunInfo, differences, load_model, prepare_run, read_run, restore, write_run
@@ -83,7 +84,7 @@ def test_missing_steps_are_said(tmp_path, mine):
 def test_damaged_checkpoint_is_said(mine, pattern, how, capfd):
     (file,) = (mine / "checkpoints" / "12" / "model").glob(pattern)
     file.unlink() if how == "lost" else file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(UserError, match="checkpoints/12 is damaged or of another model; delete it") as caught:
+    with pytest.raises(UserError, match="checkpoints/12 cannot be restored .*; if it is damaged") as caught:
         load_model(mine)
     assert "\n" not in str(caught.value) and "Traceback" not in capfd.readouterr().err
     assert load_model(mine, 8)[2] == 8
@@ -93,7 +94,18 @@ def test_model_of_another_shape_is_refused(mine):
     content = json.loads((mine / "config.json").read_text())
     content["config"]["model"]["width"] = 32
     (mine / "config.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="damaged or of another model"):
+    with pytest.raises(UserError, match="model has arrays of other shapes.; if it is damaged or of another model"):
+        load_model(mine)
+
+
+def test_why_a_checkpoint_is_not_restored_is_said(mine, monkeypatch):
+    """Where memory is short, nobody shall delete what is whole."""
+
+    def short(*args):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nand pages more")
+
+    monkeypatch.setattr(ocp, "load_checkpointables", short)
+    with pytest.raises(UserError, match="cannot be restored .RESOURCE_EXHAUSTED: Out of memory.; if it is damaged"):
         load_model(mine)
 
 

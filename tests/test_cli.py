@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -21,8 +22,11 @@ from l2m_jax import cli
 from l2m_jax.audio import read_audio
 from l2m_jax.checkpoint import load_model, open_checkpoints, read_run, write_run
 from l2m_jax.cli import PRESETS, load_preset, main, parse
+from l2m_jax.commands.decode import Decode
 from l2m_jax.config import Config, UserError
+from l2m_jax.encoders import Encoders, signature
 from l2m_jax.model import SoundTransformer
+from l2m_jax.weights import load_codec
 
 L2M = [sys.executable, "-m", "l2m_jax.cli"]
 
@@ -118,6 +122,17 @@ def test_preset_file_with_a_mistake(tmp_path, content, says):
         ("train --data /nowhere --run RUN", "/nowhere is not a prepared dataset; make one with: l2m prepare"),
         ("generate RUN --lyrics la", "RUN is not a run folder (it has no config.json)"),
         ("generate RUN --lyrics la -o a.mp3", "a.mp3: the output must end in .wav"),
+        ("generate RUN --lyrics la --prompt song.ecdc", "song.ecdc is the prompt, and would be overwritten"),
+        (
+            "generate RUN --lyrics la --prompt song_2.wav --count 2",
+            "song_2.wav is the prompt, and would be overwritten",
+        ),
+        ("evaluate RUN --data DATA --seed -1", "seed is -1; allowed: 0 to 4294967295"),
+        ("train --data DATA --run RUN --train.sample-seconds nan", "train.sample_seconds is nan; allowed: above 0"),
+        ("codec a/song.wav --out a", "a/song.wav is a given file, and would be overwritten: name another --out"),
+        ("codec a/x.wav b/a/x.wav --out c", "b/a/x.wav and a/x.wav would both become c/a_x.wav"),
+        ("codec song.wav --out DATA/songs.jsonl", "--out DATA/songs.jsonl is a file: name a folder"),
+        ("solfege DATA/songs.jsonl/new", "DATA/songs.jsonl/new/solfege.json: cannot be written (Not a directory)"),
         ("generate RUN --lyrics la -o - --count 2", "-o - sends one song to a pipe: not with --count"),
         ("generate RUN --lyrics la --count 0", "--count is 0; allowed: 1 and above"),
         ("generate RUN --lyrics la --count 2 --batch 0", "--batch is 0; allowed: 1 and above"),
@@ -174,6 +189,43 @@ def test_a_mistake_is_one_line(l2m, prepared, tmp_path, monkeypatch, command, sa
 def test_a_flag_that_does_not_exist_or_fit_is_named(l2m, command, says):
     status, said, complained = l2m(*command.split())
     assert status == 2 and says in said + complained and "Traceback" not in complained
+
+
+def test_the_names_of_what_ships_stand_for_it(tmp_path, monkeypatch):
+    """Whatever folders there are: `l2m solfege solfege` makes one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "solfege").mkdir()
+    (tmp_path / "minilm").mkdir()
+    encoders = Encoders()
+    made = signature(encoders, *encoders.load())
+    assert (made.codec, made.text_encoder) == ("solfege", "minilm")
+    with pytest.raises(UserError, match="solfege/config.json: cannot be read"):
+        load_codec("./solfege")
+
+
+def test_what_may_not_be_written_is_one_line(l2m, monkeypatch):
+    """A folder of somebody else, a quota that is used up; what nobody can mend is a traceback."""
+
+    def refused(self):
+        raise error
+
+    monkeypatch.setattr(Decode, "run", refused)
+    for number in (errno.EACCES, errno.EDQUOT, errno.EROFS):
+        error = OSError(number, os.strerror(number), "x")
+        status, _, complained = l2m("decode", "x.npz")
+        assert status == 2 and complained.startswith("l2m: ") and complained.count("\n") == 1
+    error = OSError(errno.EIO, "broken")
+    with pytest.raises(OSError, match="broken"):
+        l2m("decode", "x.npz")
+
+
+def test_samples_through_another_codec_are_refused(l2m, sung, tmp_path, monkeypatch):
+    codec = dataclasses.replace(load_codec(), fingerprint="0123")
+    monkeypatch.setattr("l2m_jax.weights.load_codec", lambda *names: codec)
+    command = ("train", "--config", preset(tmp_path, SUNG), "--data", sung, "--run", tmp_path / "run")
+    status, _, complained = l2m(*command, "--train.sample-every", 1)
+    assert status == 2 and f"{sung} was prepared with solfege [" in complained and "[0123] is now" in complained
+    assert not (tmp_path / "run").exists()
 
 
 def test_interrupt_is_130(l2m, monkeypatch):
@@ -324,6 +376,11 @@ def test_codec_measures_files_and_names_the_bad_one(l2m, songs, tmp_path):
     status, out, _ = l2m("codec", audio, tmp_path / "none.wav", "--out", tmp_path / "heard")
     assert status == 1 and "audio.flac" in out and f"left out: {tmp_path / 'none.wav'}: no such audio file" in out
     assert sorted(path.name for path in (tmp_path / "heard").iterdir()) == ["audio.png", "audio.wav"]
+    both = sorted(songs.glob("*/audio.flac"))[:2]
+    status, out, _ = l2m("codec", *both, "--out", tmp_path / "both")
+    names = {f"{path.parent.name}_audio{suffix}" for path in both for suffix in (".wav", ".png")}
+    assert status == 0 and {path.name for path in (tmp_path / "both").iterdir()} == names
+    assert all(path.parent.name in out for path in both)
     status, out, _ = l2m("codec", "--json", audio)
     (row,) = map(json.loads, out.splitlines())
     assert status == 0 and row["file"] == str(audio) and 0.5 < row["pitch_within_50_cents"] <= 1

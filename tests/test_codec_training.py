@@ -201,6 +201,11 @@ def test_the_script_begins_with_another_run(tmp_path):
     for init in (first, first / "codec"):
         with pytest.raises(UserError, match="other shapes than this run: give --filters 2 --hidden 8 --lstm-layers 1"):
             script["main"](tmp_path / "wide", dataclasses.replace(settings, init=str(init), filters=4))
+    other = shutil.copytree(first / "codec", tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"dilation_growth_rate": 3}))
+    with pytest.raises(UserError, match="no codec of the kind that this script trains: dilation_growth_rate 3, not 2"):
+        script["main"](tmp_path / "wide", dataclasses.replace(settings, init=str(other)))
     assert not (tmp_path / "wide").exists()
 
     # A codec whose decoder alone is trained keeps its codes to the bit.

@@ -6,10 +6,14 @@ import shutil
 import numpy as np
 import pytest
 from conftest import make_prepared
+from rich.console import Console
 
+from l2m_jax.align import Reading
 from l2m_jax.cli import main
 from l2m_jax.data import Dataset, read_record
+from l2m_jax.evaluate import _alignment
 from l2m_jax.listening import spread
+from l2m_jax.singer import load
 
 
 def l2m(*arguments):
@@ -132,6 +136,9 @@ def test_songs_without_words_or_times_have_no_such_figures(singer_run, sung, tmp
     assert told["warnings"] == [] and told["alignment"]["note"].startswith("none: songs with word times")
     assert told["likelihood"]["gain_per_sung_word"]["lyrics_against_none"] is None
     assert told["likelihood"]["gain_per_code"]["lyrics_against_shuffled"]["all_codebooks"] is None
+    reading = Reading(((0, 1),), 0.3)
+    note, kept = _alignment(load(singer_run), Dataset(data), None, reading, Console(quiet=True))
+    assert note["note"] == "none: songs with word times (words.csv) are needed" and kept == reading
     found = told["generation"]["generated"]
     assert found["notes"] is None and found["genre"] is None and not told["generation"]["solfege"]
     assert "-" in capsys.readouterr().out

@@ -203,6 +203,16 @@ def test_songs_that_are_whole_when_their_batch_is_stopped_are_kept(singer, tmp_p
     assert set(files(tmp_path / "out")) == {f"short{suffix}" for suffix in (".wav", ".ecdc", ".npz", ".json")}
 
 
+def test_a_prompt_is_not_overwritten(singer, song, tmp_path):
+    prompt = copied(song, tmp_path, ".ecdc")
+    before = prompt.read_bytes()
+    path = asked(tmp_path, ask(prompt.stem, prompt=str(prompt), **{"from": 0.1}), ask("other"))
+    assert sing_requests(singer, path, Request(), 2, tmp_path, Stop()) == 1
+    error = json.loads((tmp_path / f"{prompt.stem}.error.json").read_text())["error"]
+    assert "is the prompt, and would be overwritten" in error
+    assert prompt.read_bytes() == before and (tmp_path / "other.wav").exists()
+
+
 def test_a_prompt_that_is_newer_is_sung_on_from_anew(singer, song, tmp_path):
     prompt = copied(song, tmp_path, ".ecdc")
     path, out = asked(tmp_path, ask("a", prompt=str(prompt), **{"from": 0.1})), tmp_path / "out"

@@ -22,7 +22,6 @@ from l2m_jax.lyrics import (
     encode_text,
     normalise_genre,
     parse_lyrics,
-    read_lyrics,
     read_tokenizer,
     split_pieces,
 )
@@ -184,20 +183,6 @@ def test_memory_cap():
         check_memory(530, 3, 512, "song_001")
 
 
-def test_read_lyrics(tmp_path):
-    path = tmp_path / "lyrics.txt"
-    path.write_bytes("\ufeffcafé\r\n".encode())
-    assert read_lyrics(path).words == ("café",)
-    path.write_bytes(b"la caf\xe9 la")
-    with pytest.raises(UserError, match=r"lyrics\.txt: byte 6 is not UTF-8"):
-        read_lyrics(path)
-    path.write_bytes(b"")
-    with pytest.raises(UserError, match=r"lyrics\.txt: no words"):
-        read_lyrics(path)
-    with pytest.raises(UserError, match=r"none\.txt: cannot be read: No such file"):
-        read_lyrics(tmp_path / "none.txt")
-
-
 def test_words_of_real_songs_match_their_timings():
     if not os.environ.get("L2M_SONGS"):
         pytest.skip("needs real songs: set L2M_SONGS to a folder of songs with words.csv")
@@ -205,4 +190,4 @@ def test_words_of_real_songs_match_their_timings():
     assert files
     for file in files:
         rows = list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
-        assert len(read_lyrics(file.with_name("lyrics.txt")).words) == len(rows), file
+        assert len(parse_lyrics(file.with_name("lyrics.txt").read_text(encoding="utf-8")).words) == len(rows), file

@@ -130,6 +130,17 @@ def test_bad_songs_are_named_and_the_others_go_on(mine, encoders):
     assert done.new == 0
 
 
+def test_times_beyond_the_sound_leave_a_song_out(mine, encoders):
+    songs, out = mine
+    path = songs / NAMES[2] / "words.csv"
+    header, *rows = path.read_text().splitlines()
+    in_ms = [",".join(str(1000 * float(cell)) for cell in row.split(",")) for row in rows]
+    path.write_text("\n".join([header, *in_ms]) + "\n")
+    done = prepare(songs, out, encoders)
+    ((name, reason),) = ((bad.id, bad.reason) for bad in done.left_out)
+    assert name == NAMES[2] and "words.csv, line " in reason and "is after the sound's end at" in reason
+
+
 def test_a_file_that_cannot_be_read_leaves_its_song_out(mine, encoders, monkeypatch):
     songs, out = mine
     read = Path.read_bytes

@@ -13,7 +13,7 @@ from l2m_jax.codec import decode, encode
 from l2m_jax.encodec import Encodec, EncodecConfig
 from l2m_jax.publish import save_codec
 from l2m_jax.seanet import Span, State
-from l2m_jax.weights import load_codec
+from l2m_jax.weights import codec_tensors, load_codec
 
 SOUND = np.random.default_rng(0).normal(size=6000).astype(np.float32) * 0.1
 
@@ -50,6 +50,16 @@ def test_lengths_beyond_float16_are_kept(tmp_path):
     save_codec(tmp_path, module, config)
     loaded: Any = load_codec(str(tmp_path), 2).module.decoder.layers[0]
     np.testing.assert_allclose(loaded.kernel[...], kernel[...], atol=1e-3 * float(jnp.abs(kernel[...]).max()))
+
+
+def test_what_is_kept_is_written_to_the_bit(tmp_path):
+    """Of a codec in float32 too: codes would be others."""
+    module, config = make(0)
+    name = "quantizer.layers.1.codebook.embed"
+    fine = np.asarray(module.codebooks[...])[1] + np.float32(1e-5)
+    assert not np.array_equal(fine.astype(np.float16), fine)
+    save_codec(tmp_path, module, config, {name: fine})
+    assert np.array_equal(codec_tensors(tmp_path)[name], fine)
 
 
 def test_group_norms_are_refused(tmp_path):

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from conftest import CONFIG, changed
 from flax import nnx
+from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
 import l2m_jax
 from l2m_jax import checkpoint
-from l2m_jax.checkpoint import default_run, load_model, open_checkpoints, read_run
+from l2m_jax.checkpoint import default_run, load_model, prepare_run, read_run
 from l2m_jax.config import UserError
 from l2m_jax.lrc import read_reading
 from l2m_jax.model import SoundTransformer
@@ -59,8 +60,10 @@ def test_mistakes(trained, exported, tmp_path, monkeypatch):
         export(trained, tmp_path / "new", 9)
     with pytest.raises(UserError, match="no checkpoint of step 9; it is an exported model of step 8"):
         load_model(out, 9)
+    before = (out / "config.json").read_bytes()
     with pytest.raises(UserError, match="is an exported model and cannot be trained"):
-        open_checkpoints(out, 3)
+        prepare_run(out, read_run(out)._replace(genres=["other"]), Console(quiet=True))
+    assert (out / "config.json").read_bytes() == before
     other = shutil.copytree(out, tmp_path / "other")
     tensors = load_file(other / "model.safetensors")
     save_file({k: v for k, v in tensors.items() if k != "layers/up/kernel"}, other / "model.safetensors")
@@ -87,6 +90,17 @@ def test_a_card_is_of_its_step_and_its_command_can_be_copied(exported, tmp_path,
     assert "2 layers, 16 wide, 2 heads, rotary, norm post" in card
     assert "12 of 13 notes" not in card and "None: the one in run/evaluation is of step 8." in card
     assert "--genre 'hip hop' -o song.wav" in card and not (tmp_path / "later" / "alignment.json").exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "lost"])
+def test_an_evaluation_that_cannot_be_read_is_none(exported, tmp_path, damage):
+    run = shutil.copytree(exported[0].parent / "run", tmp_path / "run")
+    if damage == "lost":
+        (run / "evaluation" / "evaluation.md").unlink()
+    else:
+        (run / "evaluation" / "evaluation.json").write_text('{"step"')
+    export(run, tmp_path / "out", 8)
+    assert "None: `l2m evaluate` makes one." in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_damaged_alignment_leaves_the_folder_free(exported, tmp_path):

@@ -66,7 +66,10 @@ BAD = {
     "nan start": ({"words": HEADER + "nan,1,nan\n1,2,2\n"}, "line 2: 'nan,1,nan' is not 0 <= word_start <= word_end"),
     "infinite end": ({"words": HEADER + "0,inf,nan\n1,2,2\n"}, "line 2"),
     "negative": ({"words": HEADER + "-1,1,nan\n1,2,2\n"}, "line 2"),
-    "negative line end": ({"words": HEADER + "0,1,nan\n1,2,-2\n"}, "line 3"),
+    "negative line end": (
+        {"words": HEADER + "0,1,nan\n1,2,-2\n"},
+        "line 3: line_end is -2.0; allowed: seconds, or nan",
+    ),
     "end before start": ({"words": HEADER + "0,1,nan\n2,1.5,2\n"}, "line 3: '2,1.5,2' is not 0 <= word_start"),
     "decreasing": ({"words": HEADER + "1,2,nan\n0.5,2,2\n"}, "line 3: word_start 0.5 is before 1.0 of the line above"),
 }

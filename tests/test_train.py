@@ -329,6 +329,28 @@ def test_a_damaged_dataset_is_said_in_the_middle_of_training(tmp_path):
         train(CONFIG, Dataset(folder), tmp_path / "run", None)
 
 
+def test_metrics_stand_where_there_is_no_room_to_write_them_anew(tmp_path, monkeypatch):
+    def full(path, content):
+        raise UserError("no room")
+
+    monkeypatch.setattr("l2m_jax.log.write_atomic", full)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1}\n')
+    Log(tmp_path, 2, 10, 1, Console(quiet=True)).close()  # nothing to drop, nothing to write
+    with pytest.raises(UserError, match="no room"):
+        Log(tmp_path, 1, 10, 1, Console(quiet=True))
+    assert path.read_text() == '{"step": 0}\n{"step": 1}\n'
+
+
+@pytest.mark.parametrize("sides", [(), (2,)])
+def test_sample_songs_are_heard_on_both_sides(tmp_path, sides):
+    log = Log(tmp_path, 0, 10, 1, Console(quiet=True))
+    log.audio(1, np.zeros((4800, *sides), np.float32), 48_000)
+    log.close()
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"RIFF" in events.read_bytes() and b"sample" in events.read_bytes()
+
+
 def test_metrics_of_steps_that_are_trained_again_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(f'{{"step": {i}, "loss": 1.0}}\n' for i in range(5)) + '{"step": 5, "lo')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 from pathlib import Path
@@ -25,7 +26,8 @@ class Codec:
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
     """Print one JSON object a file instead of the table."""
     out: Path | None = None
-    """Folder for the reconstructions (NAME.wav) and a picture of both spectrograms each (NAME.png)."""
+    """Folder for the reconstructions (NAME.wav) and a picture of both spectrograms each (NAME.png). NAME is the file's,
+    or FOLDER_NAME where several have the same."""
 
     def run(self) -> int:
         """Does it; returns the exit status."""
@@ -33,14 +35,31 @@ class Codec:
             raise UserError("name at least one sound file")
         from l2m_jax.weights import load_codec
 
+        outs = self._outputs()
         codec = load_codec(self.codec, self.codebooks)
-        rows = [self._measure(codec, file) for file in self.files]
+        rows = [self._measure(codec, file, out) for file, out in zip(self.files, outs)]
         if not self.as_json:
             _print_table(rows)
         return 1 if any("error" in row for row in rows) else 0
 
-    def _measure(self, codec: Any, file: Path) -> dict[str, Any]:
-        from l2m_jax.audio import read_audio, write_wav
+    def _outputs(self) -> list[Path | None]:
+        """The reconstruction of each file. UserError where one would overwrite another, or a file that is given."""
+        if self.out is None:
+            return [None] * len(self.files)
+        if self.out.exists() and not self.out.is_dir():
+            raise UserError(f"--out {self.out} is a file: name a folder")
+        stems, given = collections.Counter(file.stem for file in self.files), {file.resolve() for file in self.files}
+        folders = ["" if stems[file.stem] == 1 else f"{file.resolve().parent.name}_" for file in self.files]
+        outs = [self.out / f"{folder}{file.stem}.wav" for folder, file in zip(folders, self.files)]
+        for i, out in enumerate(outs):
+            if out in outs[:i]:
+                raise UserError(f"{self.files[i]} and {self.files[outs.index(out)]} would both become {out}")
+            if out.resolve() in given:
+                raise UserError(f"{out} is a given file, and would be overwritten: name another --out")
+        return outs
+
+    def _measure(self, codec: Any, file: Path, out: Path | None) -> dict[str, Any]:
+        from l2m_jax.audio import read_audio, to_mono, write_wav
         from l2m_jax.picture import draw_spectrograms
         from l2m_jax.quality import measure
 
@@ -51,12 +70,11 @@ class Codec:
             row: dict[str, Any] = {"file": str(file), "error": str(error)}
         else:
             row = {"file": str(file), "codec": codec.name, **quality._asdict()}
-            if self.out is not None:
-                self.out.mkdir(parents=True, exist_ok=True)
-                write_wav(self.out / f"{file.stem}.wav", heard, codec.rate)
+            if out is not None:
+                write_wav(out, heard, codec.rate)
                 named = {file.name: samples, f"through {codec.name}, {quality.bits_per_s / 1000:g} kbit/s": heard}
-                pair = {name: sound.reshape(len(sound), -1).mean(1) for name, sound in named.items()}
-                draw_spectrograms(self.out / f"{file.stem}.png", pair, codec.rate)
+                pair = {name: to_mono(sound) for name, sound in named.items()}
+                draw_spectrograms(out.with_suffix(".png"), pair, codec.rate)
         if self.as_json:
             print(json.dumps(row, ensure_ascii=False), flush=True)
         return row
@@ -76,13 +94,15 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     table = Table("file", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for title, _ in columns.values():
         table.add_column(title, justify="right", no_wrap=True)
+    names = collections.Counter(Path(row["file"]).name for row in rows)
     for row in rows:
         if "error" in row:
             continue
         shown = {**row, "entropy_bits": " ".join(f"{bits:.1f}" for bits in row["entropy_bits"])}
         shown["entries_used"] = " ".join(map(str, row["entries_used"]))
         cells = ("-" if shown[name] is None else form.format(shown[name]) for name, (_, form) in columns.items())
-        table.add_row(Path(row["file"]).name, *cells)
+        file = Path(row["file"])
+        table.add_row(file.name if names[file.name] == 1 else f"{file.resolve().parent.name}/{file.name}", *cells)
     if table.row_count:
         Console(width=max(Console().width, 110)).print(table)  # off a terminal rich takes 80
     for row in rows:

@@ -46,14 +46,15 @@ class Generate:
     def run(self) -> int:
         """Does it; returns the exit status."""
         self._check()
-        from l2m_jax.generate import check_output, sing_one, sing_requests, sing_variations
+        from l2m_jax.generate import check_output, sing_one, sing_requests, sing_variations, variation
         from l2m_jax.singer import load
         from l2m_jax.stop import StopSignal
 
         request = dataclasses.replace(self.request, lyrics=read_text(self.request.lyrics))
         out = None if str(self.out) == "-" else self.out
         if out and not self.requests:
-            check_output(out)
+            for path in [variation(out, i + 1) for i in range(self.count)] if self.count > 1 else [out]:
+                check_output(path, request.prompt)
         singer, failed = load(self.run_folder, self.step, self.codec, self.text_encoder), 0
         stop = StopSignal()
         try:

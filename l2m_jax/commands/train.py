@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from l2m_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
+from l2m_jax.config import Config, MeshConfig, ModelConfig, TrainConfig, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,11 @@ class Train:
             valid = None if self.valid is None else Dataset(self.valid)
             made = dataset.made_with
             codec = load_codec(made.codec, made.codebooks) if self.train.sample_every else None
+            if codec is not None and codec.fingerprint != made.codec_fingerprint:
+                raise UserError(
+                    f"{self.data} was prepared with {made.codec} [{made.codec_fingerprint}], where {codec.name} "
+                    f"[{codec.fingerprint}] is now: train without --train.sample-every, or prepare the songs anew"
+                )
         status = train(config, dataset, self.run_folder, codec, valid)
         with together():
             leave()
