@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,7 +43,7 @@ class Codec:
             _print_table(rows)
         return 1 if any("error" in row for row in rows) else 0
 
-    def _outputs(self) -> list[Path | None]:
+    def _outputs(self) -> Sequence[Path | None]:
         """The reconstruction of each file. UserError where one would overwrite another, or a file that is given."""
         if self.out is None:
             return [None] * len(self.files)
