@@ -30,7 +30,7 @@ from l2m_jax.config import UserError
 MEETING = 300  # s to find each other
 BEAT = 2.0  # s between signs of life
 SILENCE = 30.0  # s without one, and a process is taken to be gone
-JAX_SILENCE = 50  # s; JAX's own watch, which also notices when process 0 is gone
+JAX_SILENCE = 80  # s; JAX's own watch, which also notices when process 0 is gone; from half of it on, so ours is first
 ADVICE = "start the same command on every machine again: it goes on from the last checkpoint"
 
 

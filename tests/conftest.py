@@ -12,12 +12,14 @@ import pytest
 from beartype import BeartypeConf, beartype
 
 # A step is compiled once for all tests and the processes that they start: a run of twelve steps takes 2 s, not 9.
-_COMPILED = tempfile.TemporaryDirectory(prefix="l2m_compiled_")
-os.environ |= {
-    "JAX_COMPILATION_CACHE_DIR": _COMPILED.name,
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-}
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers have what is set here
+    _COMPILED = tempfile.TemporaryDirectory(prefix="l2m_compiled_")
+    os.environ |= {
+        "JAX_COMPILATION_CACHE_DIR": _COMPILED.name,
+        "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**34),  # with a limit JAX locks the folder: workers share it
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
 
 checked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int where a float is asked for is one
 modules = {path.stem for path in (Path(__file__).parents[1] / "l2m_jax").glob("*.py")}

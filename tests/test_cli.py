@@ -111,7 +111,7 @@ def test_preset_file_with_a_mistake(tmp_path, content, says):
     [
         (
             "train --data DATA --run RUN --config nope",
-            "--config nope: no such preset (tiny, small, base, large, demo, benchmark)",
+            f"--config nope: no such preset ({', '.join(PRESETS)})",
         ),
         (
             "train --data DATA --run RUN --model.heads 7",

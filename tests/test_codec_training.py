@@ -153,18 +153,34 @@ def test_songs_and_bands_count_more_in_the_codebooks():
     assert set(importance) == {2.0}
 
 
-def test_the_script_goes_on_to_the_bit(tmp_path):
+SHAPE = {"batch": 2, "frames": 16, "filters": 2, "hidden": 8, "latents": 1200}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_quickly():
+    """Steps are compiled for a few rounds: LLVM's optimizations take longer than they save."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The script, and a run of it through all three phases, with its settings; only for reading."""
     script = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "train_codec.py"))
-    settings = script["Settings"](
-        steps=7, free_steps=2, decoder_steps=1, batch=2, frames=16, filters=2, hidden=8, latents=1200
-    )
-    for name in ("whole", "parts"):
-        script["main"](tmp_path / name, settings, checkpoint_every=2)
+    settings, run = script["Settings"](steps=7, free_steps=2, decoder_steps=1, **SHAPE), tmp_path_factory.mktemp("run")
+    script["main"](run, settings, checkpoint_every=2)
+    return script, settings, run
+
+
+def test_the_script_goes_on_to_the_bit(tmp_path, whole):
+    script, settings, run = whole
+    script["main"](tmp_path / "parts", settings, checkpoint_every=2)
     shutil.rmtree(tmp_path / "parts" / "checkpoints" / "7")  # as if killed after step 6
     shutil.rmtree(tmp_path / "parts" / "codec")
     script["main"](tmp_path / "parts", settings, checkpoint_every=2)
-    whole, parts = ((tmp_path / x / "codec" / "model.safetensors").read_bytes() for x in ("whole", "parts"))
-    assert whole == parts
+    stopped, never = ((x / "codec" / "model.safetensors").read_bytes() for x in (tmp_path / "parts", run))
+    assert stopped == never
     told = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
     for line, name in zip(told, 2 * ["free"] + 4 * ["bound"] + ["decoder"], strict=True):
         parts = sum(weight * line[part] for part, weight in script["WEIGHTS"][name]._asdict().items())
@@ -177,17 +193,14 @@ def test_the_script_goes_on_to_the_bit(tmp_path):
         script["Settings"](steps=8)
 
 
-def test_the_script_begins_with_another_run(tmp_path):
-    script = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "train_codec.py"))
-    first, begun = tmp_path / "first", tmp_path / "begun"
-    shape = {"batch": 2, "frames": 16, "filters": 2, "hidden": 8, "latents": 1200}
+def test_the_script_begins_with_another_run(tmp_path, whole):
+    (script, _, first), begun, nowhere = whole, tmp_path / "begun", str(tmp_path / "nowhere")
     with pytest.raises(UserError, match="no run of this script is there, and no codec"):
-        script["main"](begun, script["Settings"](init=str(first), steps=2, free_steps=0, decoder_steps=0, **shape))
+        script["main"](begun, script["Settings"](init=nowhere, steps=2, free_steps=0, decoder_steps=0, **SHAPE))
     assert not begun.exists()  # nothing stands in the way of the command put right
-    script["main"](first, script["Settings"](steps=2, free_steps=1, decoder_steps=0, **shape))
     # One step at no learning rate to speak of: networks as they were, and of the entries those that were not chosen.
     settings = script["Settings"](
-        init=str(first), steps=1, free_steps=0, decoder_steps=0, bound_lr=1e-12, **shape | {"batch": 3}
+        init=str(first), steps=1, free_steps=0, decoder_steps=0, bound_lr=1e-12, **SHAPE | {"batch": 3}
     )
     script["main"](begun, settings)
     old, new = (load_codec(str(run / "codec")).module for run in (first, begun))
