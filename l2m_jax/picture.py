@@ -165,7 +165,6 @@ def _pyplot() -> Any:
 
 def _save(plt: Any, figure: Any, path: Path) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing")  # emoji: a box is drawn, which says as much
             figure.savefig(path, dpi=110, bbox_inches="tight")

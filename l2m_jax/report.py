@@ -15,6 +15,7 @@ from rich.text import Text
 
 from l2m_jax.audio import write_atomic
 from l2m_jax.bootstrap import Estimate
+from l2m_jax.config import UserError
 from l2m_jax.picture import draw_bars, draw_confusion, draw_lines
 from l2m_jax.progress import say
 from l2m_jax.song import write_json
@@ -40,6 +41,10 @@ def write_report(out: Path, figures: dict[str, Any], console: Console | None = N
     console = console or Console()
     kept = _kept(out, figures)
     figures = figures | kept
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror}") from None
     tables, plots = tabulate(figures), _draw(out, figures)
     text = [f"# {figures['run']}, step {figures['step']}", f"{figures['songs']} songs of {figures['data']}."]
     text += [f"**Warning**: {warning}." for warning in figures["warnings"]]
