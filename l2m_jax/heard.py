@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,11 +43,18 @@ def load_recogniser(name: str) -> Recogniser:
     try:
         loaded: Any = pipeline("automatic-speech-recognition", model=name)
         phonemes = "Phoneme" in type(loaded.tokenizer).__name__
-        revision = loaded.model.config._commit_hash or ""
-        return Recogniser(name, revision, phonemes, loaded)
+        return Recogniser(name, _revision(name), phonemes, loaded)
     except Exception as error:  # whatever transformers and the hub say of it
         reason = str(error).partition("\n")[0]
         raise UserError(f"--asr {name}: no speech recogniser can be loaded ({reason})") from None
+
+
+def _revision(name: str) -> str:
+    """The commit of what the hub has sent, which no longer stands in the config of a model; "" of a folder."""
+    from huggingface_hub import try_to_load_from_cache  # here: the command line must answer without a network library
+
+    found = None if Path(name).is_dir() else try_to_load_from_cache(name, "config.json")
+    return Path(found).parent.name if isinstance(found, str) else ""
 
 
 def transcribe(recogniser: Recogniser, samples: Float[np.ndarray, " T"], rate: int) -> str:

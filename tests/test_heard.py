@@ -6,12 +6,22 @@ import numpy as np
 import pytest
 
 from l2m_jax.config import UserError
-from l2m_jax.heard import error_rates, load_recogniser, normalise, transcribe
+from l2m_jax.heard import _revision, error_rates, load_recogniser, normalise, transcribe
 
 
 def test_only_what_is_said_is_compared():
     assert normalise("  Don’t STOP,\nthe — Música! 月 ") == "don't stop the música 月"
     assert normalise("Straße") == normalise("STRASSE") and normalise("...") == ""
+
+
+def test_the_revision_is_the_commit_that_the_hub_sent(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--some--asr"
+    for path, text in (("refs/main", "0123abcd"), ("snapshots/0123abcd/config.json", "{}")):
+        (folder / path).parent.mkdir(parents=True)
+        (folder / path).write_text(text)
+    assert _revision("some/asr") == "0123abcd"
+    assert _revision("some/other") == "" == _revision(str(tmp_path))
 
 
 @pytest.fixture(scope="module")
