@@ -146,11 +146,14 @@ class _Mp3(io.BytesIO):
         super().__init__(Path(path).read_bytes() if file.format == "MP3" else b"")
         self._asked = False
         if file.format == "MP3":
-            self.file = soundfile.SoundFile(self)
-            self.indexed = self.file.frames == file.frames
+            with contextlib.suppress(soundfile.SoundFileError):  # then it is read as libsndfile opens it itself
+                self.file = soundfile.SoundFile(self)
+                self.indexed = self.file.frames == file.frames
 
     def more(self, seconds: float) -> float:
         """About how many seconds follow after the `seconds` that were read: another file's, put behind this one."""
+        if self.file is None:
+            return 0.0
         read, size = super().tell(), len(self.getbuffer())
         sync = self.getvalue()[read : read + 3]
         follows = sync == b"ID3" or (sync[:1] == b"\xff" and sync[1:2] >= b"\xe0")
