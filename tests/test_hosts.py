@@ -34,10 +34,10 @@ class Ended(NamedTuple):
 
 
 def launch(
-    count: int, prepared: Path, run: Path, *arguments, devices: int = 1, hook: str = "", own=None
+    count: int, prepared: Path, run: Path, *arguments, devices: int = 1, hook: str = "", own=None, watch: str = ""
 ) -> list[Ended]:
     """`l2m train` of CONFIG in `count` processes; `hook` is called as `hook(process, step)`, `own[i]` are arguments of
-    process i."""
+    process i, and `watch` sets when one is missed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -46,7 +46,7 @@ def launch(
         "import os, signal, time, jax\n"
         "from pathlib import Path\n"
         "from l2m_jax import hosts, train\n"
-        "hosts.BEAT, hosts.SILENCE, hosts.JAX_SILENCE = 1.0, 12.0, 32\n"
+        f"{watch}\n"
         "from l2m_jax.config import *\n"
         f"config, run = {CONFIG!r}, Path({str(run)!r})\n"
         f"def hook(process, step):\n    {hook or 'pass'}\n"
@@ -122,7 +122,8 @@ def test_a_killed_process_is_noticed_and_the_run_goes_on_alone(tmp_path, prepare
     hook = f"""if process == {victim} and step == 7:
         while not (run / 'checkpoints' / '4').exists(): time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGKILL)"""
-    ended = launch(2, prepared, run, devices=2, hook=hook)
+    watch = "hosts.BEAT, hosts.SILENCE, hosts.JAX_SILENCE = 1.0, 12.0, 32"
+    ended = launch(2, prepared, run, devices=2, hook=hook, watch=watch)
     other = ended[1 - victim]
     print(f"noticed after {other.after:.0f} s, allowed: 40 s")
     assert ended[victim].status == -signal.SIGKILL

@@ -17,13 +17,12 @@ import soundfile
 from conftest import CONFIG, MADE_WITH, changed, make_prepared, make_record, one_batch
 from orbax.checkpoint import v1 as ocp
 from rich.console import Console
-from tensorboardX.proto.event_pb2 import Event
 
 from l2m_jax import train as module
 from l2m_jax.checkpoint import load_model
 from l2m_jax.config import MeshConfig, UserError
 from l2m_jax.data import Dataset, batches
-from l2m_jax.log import Log, Silence
+from l2m_jax.log import Silence
 from l2m_jax.optim import schedule
 from l2m_jax.sharding import make_mesh
 from l2m_jax.step import losses, make_program
@@ -271,30 +270,6 @@ def test_a_checkpoint_that_cannot_be_written_is_said(tmp_path, prepared, monkeyp
     assert len(lines(tmp_path / "run")) == 4
 
 
-def test_tensorboard_can_read_what_is_told(trained, singer_run):
-    told = {}
-    for path in trained.glob("tensorboard/events*"):
-        for event in events(path):
-            told |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
-    for line in lines(trained):
-        assert told["loss", line["step"]] == np.float32(line["loss"])
-    (path,) = singer_run.glob("tensorboard/events*")
-    (sample,) = (v.audio for e in events(path) for v in e.summary.value if v.tag.startswith("sample") and e.step == 2)
-    heard, rate = soundfile.read(io.BytesIO(sample.encoded_audio_string))
-    kept, _ = soundfile.read(singer_run / "samples" / "0000002.wav")
-    assert rate == sample.sample_rate == 24_000
-    np.testing.assert_allclose(heard, kept, atol=1e-4)
-
-
-def events(path):
-    """TFRecord: length, its checksum, the event, its checksum."""
-    content, at = path.read_bytes(), 0
-    while at < len(content):
-        size = int.from_bytes(content[at : at + 8], "little")
-        yield Event.FromString(content[at + 12 : at + 12 + size])
-        at += 16 + size
-
-
 def test_memory_does_not_grow_from_step_to_step(tmp_path, prepared, monkeypatch):
     held = {}
 
@@ -327,34 +302,3 @@ def test_a_damaged_dataset_is_said_in_the_middle_of_training(tmp_path):
     packed.write_bytes(packed.read_bytes()[: packed.stat().st_size // 2])
     with pytest.raises(UserError, match="is damaged"):
         train(CONFIG, Dataset(folder), tmp_path / "run", None)
-
-
-def test_metrics_stand_where_there_is_no_room_to_write_them_anew(tmp_path, monkeypatch):
-    def full(path, content):
-        raise UserError("no room")
-
-    monkeypatch.setattr("l2m_jax.log.write_atomic", full)
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 0}\n{"step": 1}\n')
-    Log(tmp_path, 2, 10, 1, Console(quiet=True)).close()  # nothing to drop, nothing to write
-    with pytest.raises(UserError, match="no room"):
-        Log(tmp_path, 1, 10, 1, Console(quiet=True))
-    assert path.read_text() == '{"step": 0}\n{"step": 1}\n'
-
-
-@pytest.mark.parametrize("sides", [(), (2,)])
-def test_sample_songs_are_heard_on_both_sides(tmp_path, sides):
-    log = Log(tmp_path, 0, 10, 1, Console(quiet=True))
-    log.audio(1, np.zeros((4800, *sides), np.float32), 48_000)
-    log.close()
-    (events,) = (tmp_path / "tensorboard").iterdir()
-    assert b"RIFF" in events.read_bytes() and b"sample" in events.read_bytes()
-
-
-def test_metrics_of_steps_that_are_trained_again_are_dropped(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(f'{{"step": {i}, "loss": 1.0}}\n' for i in range(5)) + '{"step": 5, "lo')
-    log = Log(tmp_path, 3, 10, 1, Console(quiet=True))
-    log.metrics(3, {"loss": 2.0})
-    log.close()
-    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(0, 1.0), (1, 1.0), (2, 1.0), (3, 2.0)]
